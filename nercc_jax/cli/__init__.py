@@ -1,4 +1,4 @@
-"""The `nercc` command: one file a command. Only this room knows both nercc_jax and the models."""
+"""The `nercc` command, one file a command. Only this room imports both library and models."""
 
 import importlib
 import importlib.metadata
@@ -17,7 +17,7 @@ _ABOUT = "Coded computing: approximate predictions from whichever workers answer
 def main() -> None:
     """Run `nercc` with the process's arguments, and end the process.
 
-    An error that our own code raises about input becomes a sentence and exit code 2.
+    An error about invalid input is printed as one line, and the exit code is 2.
     """
     try:
         try:
@@ -31,14 +31,14 @@ def main() -> None:
             fail(str(error), 2)
         except (ValueError, OSError, ImportError) as error:
             text = error_text(error)
-            # An argument's name, at the beginning of our errors, is that of an option.
+            # If an error begins with an argument's name, replace it by the option's name.
             if found := re.match(r"(\w+) (?=must be |is needed)", text):
                 name = f"{found[1]}_s" if hasattr(Options, f"{found[1]}_s") else found[1]
                 if hasattr(Options, name):
                     text = f"--{name.replace('_', '-')} {text[found.end() :]}"
             fail(text, 2)
         except RuntimeError as error:
-            if "CpuCallback error" not in str(error):  # JAX's, around what a model raised
+            if "CpuCallback error" not in str(error):  # JAX's, around a model's
                 raise
             from ..pools.batch import reason_of
 
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def _follow(words: Sequence[str]) -> None:
-    """Run the command that the words name, with what they set."""
+    """Run the command with the options that are given as `words`."""
     name, *rest = words or ("--help",)
     if name == "--help":
         commands = [(name, each.help.partition("\n")[0]) for name, each in COMMANDS.items()]
@@ -59,12 +59,12 @@ def _follow(words: Sequence[str]) -> None:
         return print(f"nercc {importlib.metadata.version('nercc-jax')}")
     if name not in COMMANDS:
         fail(f"there is no command {name!r}, but {', '.join(COMMANDS)}", 2)
-    command, serves = COMMANDS[name], name == "serve"  # whose settings say more of its process
+    command, serves = COMMANDS[name], name == "serve"  # `serve` sets up its process itself
     if not serves:
         compile_plainly()
         keep_programs()
-    # The threads of OpenBLAS, whose LAPACK JAX calls on CPUs, would wait busily for their next call
-    # on cores that XLA then lacks: 11.8 ms for a learner's update and prediction, and 6.4 on one.
+    # JAX calls OpenBLAS's LAPACK on CPUs. OpenBLAS's threads wait by spinning, on cores that XLA
+    # needs: a learner's update and prediction took 11.8 ms, and 6.4 ms with one thread.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     found = parse(name, command.help, options_of(name), rest)
     file, _, function = command.function.partition(":")
@@ -73,7 +73,7 @@ def _follow(words: Sequence[str]) -> None:
 
 
 def options_of(name: str) -> list[Option]:
-    """Return the options of a command; those of `serve` are its settings, and take a while."""
+    """Return the options of a command; those of `serve` are its settings, which import slowly."""
     if name != "serve":
         return COMMANDS[name].options()
     from ._serve import options

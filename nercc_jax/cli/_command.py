@@ -1,4 +1,4 @@
-"""Commands read by argparse from records of options; help has a line for each option."""
+"""Parsing of commands with argparse, from records of options, and their help texts."""
 
 import argparse
 import contextlib
@@ -17,17 +17,17 @@ from typing import Any, Literal, NoReturn
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """An option, or an argument, which has no flags.
+    """An option, or a positional argument, which has no flags.
 
     Attributes:
         name: The field that it sets.
         kind: The field's type.
-        default: The value unless it is given.
-        help: Its help.
-        panel: The title that it stands under in `--help`.
-        flags: Its names on the command line.
-        least: The smallest value, if there is one.
-        most: The largest one.
+        default: The default value.
+        help: The help text.
+        panel: The title of its section in `--help`.
+        flags: The names on the command line.
+        least: The smallest value, if it is limited.
+        most: The largest value, if it is limited.
         above: Whether the value must be larger than `least`, and finite.
     """
 
@@ -43,7 +43,7 @@ class Option:
 
     @property
     def kinds(self) -> tuple[Any, ...]:
-        """The field's type, and the types that it is made of."""
+        """The field's type and its type arguments."""
         return self.kind, *typing.get_args(self.kind)
 
     @property
@@ -51,7 +51,7 @@ class Option:
         return next((typing.get_args(k) for k in self.kinds if typing.get_origin(k) is Literal), ())
 
     def read(self, text: str) -> Any:
-        """Return the value that a text stands for; raise ArgumentTypeError if it is none."""
+        """Return a text's value; raise ArgumentTypeError if it is not valid."""
         kind: Any = next((each for each in self.kinds if each in (int, float, Path)), str)
         needed = {int: "a whole number", float: "a number"}.get(kind, "a table, {name = 1},")
         if any(typing.get_origin(each) is dict for each in self.kinds):
@@ -75,7 +75,7 @@ class Option:
         return value
 
     def line(self) -> tuple[str, str]:
-        """Return its names and its help, which ends with its choices and its default."""
+        """Return the option's names, and its help with choices and default."""
         shown = [f"{each} (default)" if each == self.default else each for each in self.choices]
         further = "|".join(shown)
         if self.default is True:
@@ -87,7 +87,7 @@ class Option:
 
 
 def parse(name: str, help: str, options: Iterable[Option], words: Sequence[str]) -> dict[str, Any]:
-    """Return what the words set, by option; print the help and exit if they ask for it."""
+    """Return the given values by option; if `words` contain --help, print the help and exit."""
     parser = argparse.ArgumentParser(
         add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
@@ -113,7 +113,7 @@ def parse(name: str, help: str, options: Iterable[Option], words: Sequence[str])
 
 
 def help_text(prog: str, help: str, panels: Mapping[str, Sequence[tuple[str, str]]]) -> str:
-    """Return the help of a command: a line for each entry of each panel, names first."""
+    """Return the help of a command: a line for each entry of each panel, with the names first."""
     width = max(shutil.get_terminal_size().columns, 60)
     lines = [f"Usage: {prog} [OPTIONS]", ""]
     for paragraph in inspect.cleandoc(help).split("\n\n"):
@@ -128,13 +128,13 @@ def help_text(prog: str, help: str, panels: Mapping[str, Sequence[tuple[str, str
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Print what went wrong, and end the command with an exit code."""
+    """Print an error message, and end the command with an exit code."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
 
 
 def error_text(error: Exception) -> str:
-    """Return an error's words, a file's name first."""
+    """Return an error's message; of an `OSError`, the file's name and the reason."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     return str(error)
@@ -142,7 +142,7 @@ def error_text(error: Exception) -> str:
 
 @contextlib.contextmanager
 def of_option(option: str) -> Iterator[None]:
-    """Have an error's message begin with the option that it is about."""
+    """Prefix the message of a ValueError or OSError with the option that caused it."""
     try:
         yield
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Codes compared at each number of stragglers, as `nercc demo` and `nercc tune` do."""
+"""Comparison of codes at each number of stragglers, for `nercc demo` and `nercc tune`."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -22,7 +22,7 @@ def straggler_laws(
 ) -> dict[str, AbstractStragglers]:
     """Return laws for each number of stragglers from 0 to `max_stragglers` (default: N - K).
 
-    Raises ValueError if `max_stragglers` is negative, or leaves no worker to answer.
+    Raises ValueError if `max_stragglers` is negative, or not smaller than N.
     """
     most = max(num_workers - num_data, 0) if max_stragglers is None else max_stragglers
     if not 0 <= most < num_workers:
@@ -59,7 +59,7 @@ def compare(
 ) -> Evaluations:
     """Evaluate codes at each number of stragglers, and print their errors and the labels kept.
 
-    Replication recovers exact predictions or none: it has no error to compare.
+    Replication is left out of the errors: its predictions are exact or lost.
     """
     key, status = jax.random.key(options.seed), console.status("the model's calls ...")
 

@@ -1,4 +1,4 @@
-"""`nercc demo`: coded inference under stragglers, on real data, next to copies and a student."""
+"""`nercc demo`: coded inference under stragglers, compared with copies and a student."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ def demo(options: Options) -> None:
 
     Each group of K data points is encoded as N coded data points, and each worker runs the model on
     one of them. S of the N workers straggle. All K predictions are recovered from the answers of
-    the other workers, and compared with what the model predicts without coding.
+    the other workers, and compared with the model's predictions without coding.
     """
     given, size = None, (options.num_data, options.num_workers)
     if options.code is not None:
@@ -70,7 +70,7 @@ def demo(options: Options) -> None:
         try:
             with console.status(f"{name}: compiles first ..."):
                 codes[name] = make()
-        except ValueError as error:  # other codes take what is not finite for stragglers
+        except ValueError as error:  # for example model outputs that are not finite
             show(console, f"no {name}: {error}")
     codes |= {"BACC": Berrut(*size), "replication": Replication(*size)}
     what = f"{options.model}, K={num_data}, N={num_workers}"
@@ -100,7 +100,7 @@ def demo(options: Options) -> None:
 
 
 class Kept(NamedTuple):
-    """The share of labels that a system keeps, and the model's calls that a query costs."""
+    """The share of labels that a system keeps, and the number of model calls a query."""
 
     system: str
     workers: int
@@ -113,7 +113,7 @@ def kept_labels(
 ) -> list[Kept]:
     """Return the labels kept by codes on all workers, and by copies with and without the student.
 
-    There are none for a model without a shipped student, nor for few data points.
+    The list is empty for a model without a shipped student, for values, or for too few data points.
     """
     name, seed = options.model, options.seed
     num_data, many = next(iter(codes.values())).num_data, next(iter(codes.values())).num_workers
@@ -134,7 +134,7 @@ def kept_labels(
         redundancy="uncertain",
         straggler_share=RATE,
     )
-    # Each has its workers, the student's calls a query, and the labels of what is lost.
+    # For each system: its workers, the student's cost in calls a query, and labels of lost queries.
     systems: dict[str, Any] = {
         f"replication on {two} workers": (Replication(num_data, two), two, 0.0, -1),
         f"replication on {many} workers": (Replication(num_data, many), many, 0.0, -1),
@@ -143,13 +143,13 @@ def kept_labels(
         # The student runs on the copies, too.
         "copies by the student's doubt": (placed, few, cost * (1 + few / num_data), -1),
     }
-    # Known without being run: a straggling call is lost, or exact.
+    # These two need no run: a straggling call is lost, or repeated.
     rows = [
         Kept("uncoded", num_data, 1.0, Estimate(1 - RATE, 0.0)),
         Kept("hedging: lost calls again", num_data, 1 + RATE, Estimate(1.0, 0.0)),
     ]
     for system, (run, workers, student_calls, lost) in systems.items():
-        # All systems of as many workers meet the same stragglers.
+        # Systems with equally many workers have the same stragglers.
         infer, shares, draw = coded_inference(model, run), [], np.random.default_rng(seed)
         for _ in range(10):  # straggler sets
             masks = draw.random((len(groups), workers)) >= RATE
@@ -163,7 +163,7 @@ def kept_labels(
 
 
 def kept_words(rows: list[Kept]) -> str:
-    """Return what follows from the table, in two sentences."""
+    """Return a summary of the table in two sentences."""
 
     def best(*systems: str) -> str:
         chosen = [row for row in rows if row.system.startswith(systems)]

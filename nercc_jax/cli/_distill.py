@@ -1,4 +1,4 @@
-"""`nercc distill`: a small student of a model, from unlabelled inputs and the model's answers."""
+"""`nercc distill`: train a small student on unlabelled inputs and the model's answers."""
 
 import dataclasses
 import datetime
@@ -20,11 +20,11 @@ from ._workload import find_workload
 
 
 def distill_student(options: Options) -> None:
-    """Train a cheap student to answer as a model does, in the model's own units.
+    """Train a cheap student to imitate a model's outputs.
 
-    No labels are needed. A fifth of the inputs, 1,000 at most, is held out to measure how often
-    student and model agree; for a shipped model these are the test images.
-    `nercc_models.load_student_file` reads the student back.
+    No labels are needed. A fifth of the inputs, at most 1,000, is held out to measure how often
+    student and model agree; for a shipped model, test images are used.
+    `nercc_models.load_student_file` loads the student.
     """
     if options.output.suffix != ".safetensors":
         raise ValueError(f"--output {options.output}: its name must end in .safetensors")

@@ -1,4 +1,4 @@
-"""`nercc models`: the shipped models and their scores. `nercc new-model`: a template for yours."""
+"""`nercc models` lists shipped models and their scores; `nercc new-model` writes a template."""
 
 import re
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from ._output import show, write_json
 
 
 def models(options: Options) -> None:
-    """List the shipped models with their scores, as their cards say or as measured now."""
+    """List the shipped models with their accuracy, from their cards or measured now."""
     console, rows = Console(), []
     score = "accuracy, measured now" if options.evaluate else "accuracy, by its card"
     table: list[Sequence[str]] = [("model", "data", "input", "parameters", "kB", score)]
@@ -38,9 +38,9 @@ def models(options: Options) -> None:
 
 
 def new_model(options: Options) -> None:
-    """Write a file with a model that runs in every command, as a start for your own.
+    """Write a file with a model that runs in every command, as a template for your own.
 
-    Its comments say what a model must provide, and how each command uses it.
+    Its comments explain what a model must provide, and how each command uses it.
     """
     file = options.file
     if file.suffix != ".py" or not re.fullmatch(r"[A-Za-z_]\w*", file.stem):

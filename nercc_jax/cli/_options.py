@@ -1,8 +1,8 @@
-"""Options of all commands but `serve`: each is defined once, and checked without JAX.
+"""Options of all commands except `serve`: each is defined once, and checked without JAX.
 
-A command is the options that it takes, and a function in a file of its own, whose docstring is its
-help. It is imported once the options are sound: JAX takes a second or two to import, and neither
-`--help` nor a misspelt option waits for it.
+A command has options, and a function in a file of its own, whose docstring is its help. The file is
+imported after the options are checked: importing JAX takes a second or two, and neither `--help`
+nor a misspelt option waits for it.
 """
 
 import ast
@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from nercc_models.names import HUB, check_model_name  # which imports neither JAX nor the models
+from nercc_models.names import HUB, check_model_name  # imports neither JAX nor the models
 
 from ._command import Option, of_option
 
@@ -31,7 +31,7 @@ NotNegative: TypeAlias = Annotated[float, {"least": 0}]
 NotNegativeOrNone: TypeAlias = Annotated[float | None, {"least": 0}]
 Share: TypeAlias = Annotated[float, {"least": 0, "most": 1}]
 
-# By the first option of each panel of `--help`, its title.
+# The titles of the panels of `--help`, by their first options.
 PANELS = {
     "model": "Model and data",
     "num_data": "Code",
@@ -50,150 +50,150 @@ PANELS = {
 class Options:
     """All options of all commands, each with its help below it.
 
-    Raises ValueError if there is no such model or file, as far as that is known without JAX, or an
-    option is out of range.
+    Raises ValueError for an unknown model or file, as far as that is known without JAX, and
+    ImportError if the pool needs Ray, and Ray is missing.
     """
 
     model: str = "lenet5-digits"
     "Shipped model, your own as module:name, or hf:owner/name."
     weights: Path | None = None
-    "Weights passed to module:name, which makes the model: a path, or hf:."
+    "Weights passed to the function module:name, which returns the model: a path, or hf:."
     inputs: Path | None = None
-    "Data points: .npy, .npz, .csv or .parquet, or a data set: digits (default: the model's)."
+    "Data points: .npy, .npz, .csv or .parquet file, or data set digits (default: the model's)."
     columns: str | None = None
-    "Columns of a table that are inputs, separated by commas (default: all but the ids')."
+    "Input columns of a table, separated by commas (default: all except the id column)."
     id_column: str | None = None
-    "Column of ids, texts or whole numbers, which results carry (default: none)."
+    "Column of ids, texts or integers, which are copied to the results (default: none)."
     data_dir: Path | None = None
     "Folder with the data set of the model or of --inputs; not needed for the digits."
     split: str | None = None
-    "Split of the data set (default: test; for a plan, train)."
+    "Split of the data set (default: test; plan: train)."
     max_inputs: CountOrNone = None
-    "Data points to use, at most (default: 1,000; plan: 2,000; run and distill: all)."
+    "Maximum number of data points (default: 1,000; plan: 2,000; run and distill: all)."
     outputs: Returned = "logits"
-    "A classifier's outputs, or values."
+    "Kind of the model's outputs: a classifier's logits or probabilities, or values."
     seed: Annotated[int, {"least": 0}] = 0
     "Seed of all random numbers."
 
     num_data: Count = 8
-    "K: data points that are coded together."
+    "K: number of data points that are coded together."
     num_workers: Count = 20
-    "N: coded data points, each for one worker."
+    "N: number of coded data points, each for one worker."
     code: Path | None = None
-    "File of a code that `nercc tune` wrote, whose K and N are used (default: none)."
+    "File of a code written by `nercc tune`, whose K and N are used (default: none)."
     groups: CountOrNone = None
-    "Groups of K in a batch (default: 1); row by row, rows in a call (default: by time)."
+    "Groups of K in a batch (default: 1); row by row: rows in a call (default: by time)."
     batches: CountOrNone = None
-    "Batches to run at most (default: all)."
+    "Maximum number of batches (default: all)."
 
     max_stragglers: int | None = None
-    "Largest number of stragglers; all from 0 on are compared (default: N - K)."
+    "Largest number of stragglers; all numbers from 0 are compared (default: N - K)."
     sets: Count = 20
     "Random straggler sets for each number of stragglers."
 
     layout: str = "chebyshev"
-    "Start: chebyshev, interleaved, repeated or mixed:0.5."
+    "Layout to start from: chebyshev, interleaved, repeated or mixed:0.5."
     points: Annotated[bool, "--points", "--lambdas-only"] = True
-    "Tune the regression points, too, or the lambdas only."
+    "Tune the regression points and the lambdas, or only the lambdas."
     learn_decoder: Annotated[bool, "--learn-decoder", "--spline"] = False
-    "Learn the decoder at the end, by 8 (N + K) N calls, or keep the spline's."
+    "Learn the decoder after tuning, with 8 (N + K) N model calls, or keep the spline."
     criterion: Literal["mse", "cross_entropy"] = "mse"
-    "Error to reduce."
+    "Error to minimise."
     steps: Count = 400
-    "Gradient steps, at most."
+    "Maximum number of gradient steps."
 
     latency: str = "lognormal:0.05:0.6"
-    """Law of the seconds of a call: lognormal:MEDIAN:SIGMA, exponential:MEAN[:SHIFT],
-    pareto:MINIMUM:SHAPE, stragglers:SECONDS:SHARE:FACTOR (slow calls), or trace:FILE."""
+    """Latency law of a call, in seconds: lognormal:MEDIAN:SIGMA, exponential:MEAN[:SHIFT],
+    pareto:MINIMUM:SHAPE, stragglers:SECONDS:SHARE:FACTOR (SHARE is slow), or trace:FILE."""
     budget: NotNegative = 1.5
-    "Calls beyond one for each query, at most, as a share of the queries."
+    "Maximum number of calls per query beyond one, on average."
     max_workers: Count = 20
-    "Workers for queries that arrive together, at most."
+    "Maximum number of workers for queries that arrive together."
     queries: Count = 8
-    "Queries that arrive together; the time of the last answer counts."
+    "Number of queries that arrive together; times end at the last answer."
     overhead_s: NotNegative = 0.02
-    "Seconds for encoding, sending, decoding, added to every system's time."
+    "Seconds for encoding, sending and decoding, added to every system's time."
     buffer: CountOrNone = None
-    "Waiting queries that are ordered by similarity at a time (default: --queries)."
+    "Number of waiting queries that are ordered by similarity together (default: --queries)."
     layouts: str = "chebyshev,interleaved,repeated"
-    "NeRCC's layouts, as in `nercc tune`, by commas."
+    "NeRCC's layouts to compare, as in `nercc tune`, separated by commas."
     surrogate: str | None = None
-    "Model to place copies and answer by: student, a file of `nercc distill`, module:function."
+    "Surrogate: student, a file of `nercc distill`, or module:function (default: none)."
 
     share: Annotated[float, {"least": 0, "above": True, "most": 1}] = 0.07
-    "Student's multiplications, at most, as a share of the model's."
+    "Maximum multiplications of the student, as a share of the model's."
     answers: CountOrNone = None
-    "Answers of the model to learn from (default: twice the inputs, at least 4,000)."
+    "Number of model answers to train on (default: twice the inputs, at least 4,000)."
     epochs: Count = 20
-    "Passes over those answers."
+    "Passes over these answers."
     mixed: Share = 0.5
-    "Share of the answers that are to weighted sums of inputs."
+    "Share of the answers whose inputs are weighted sums of inputs."
     learning_rate: Positive = 3e-3
     "Largest learning rate of Adam."
 
     tolerance: float | None = None
-    "Largest error bar of a row that is not computed, in units of the outputs; 0: all are."
+    "Run row by row: largest error bar of predicted rows, in output units (0: compute all)."
     max_disagreement: float | None = None
-    "Largest share of labels that are not the model's own (default: none; plan: 0.005)."
+    "Largest share of labels that differ from the model's own (default: none; plan: 0.005)."
     coverage: float = 0.9
     "Share of errors that error bars cover."
     compute: Literal["needed", "all"] = "needed"
-    "Rows to compute: those not known well enough, or all in time."
+    "Rows to compute: those whose predictions are too uncertain, or all except late ones."
     wait_for: int | None = None
-    "Answers at which a batch is decoded (default: 85 % of N, but at least K)."
+    "Number of answers at which a batch is decoded (default: 85 % of N, at least K)."
     deadline_s: Positive = 30.0
-    "Seconds after which a batch is decoded from the answers that are in."
+    "Seconds after which a batch is decoded; row by row: after which a call is sent again."
     job_deadline_s: float | None = None
-    "Seconds after which a run row by row ends with what is known (default: none)."
+    "Seconds after which a run row by row ends, with the values known (default: no limit)."
     grace_s: float = 0.0
-    "Seconds to wait after a run row by row for late answers, which test bars."
+    "Seconds to wait after a run row by row for late answers, which test error bars."
     max_calls: int | None = None
-    "Rows to compute, at most (default: no limit)."
+    "Maximum number of rows to compute (default: no limit)."
     statistic: str | None = None
-    "For all rows mean, quantile:Q or above:VALUE; of a function of outputs mean@module:name."
+    "Estimate over all rows: mean, quantile:Q, above:VALUE, or of a function: mean@module:name."
     stop_at: NotNegativeOrNone = None
-    "Length of the statistic's interval at which the run ends."
+    "End the run when the statistic's interval is at most this long (default: do not)."
     check_answers: float | None = None
-    "Share of right rows that may look wrong and are computed again (default: none)."
+    "Share of right rows that may look wrong and be computed again (default: no checks)."
     max_fenced: float = 0.25
-    "Maximum share of the workers that is fenced."
+    "Maximum share of workers that may be fenced for wrong answers."
 
     pool: Literal["devices", "ray"] = "devices"
     "Kind of workers: threads on this process's devices, or Ray actors."
     workers: CountOrNone = None
-    "Workers in the pool: more than N are spare, fewer run several points (default: N)."
+    "Workers in the pool (default: N): more than N are spare; fewer run several points each."
     worker_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     "Dtype of workers' inputs and weights (default: the model's)."
     address: str | None = None
     "Ray cluster: HOST:6379, ray://HOST:10001, auto, local (default: RAY_ADDRESS, or this machine)."
     actor_options: dict[str, Any] | None = None
-    """Ray's options of its actors, as a TOML table: {num_cpus = 1, num_gpus = 0.5, resources =
-    {TPU = 4}} (default: 0.5 CPUs at most; where the cluster has GPUs, 1 or an equal share)."""
+    """Ray's options for actors, as a TOML table: {num_cpus = 1, num_gpus = 0.5, resources =
+    {TPU = 4}} (default: at most 0.5 CPUs; if the cluster has GPUs, 1 or an equal share)."""
     runtime_env: dict[str, Any] | None = None
-    """Ray's runtime environment, as a TOML table, such as {working_dir = '.'}, a folder sent to its
-    nodes."""
+    """Ray's runtime environment, as a TOML table: {working_dir = '.'} sends a folder to the nodes
+    (default: none)."""
 
     faults: dict[str, Any] | None = None
     """Faults to inject for trials, as a TOML table: {straggler_rate = 0.05, straggler_delay_s =
-    0.5}. Seconds: service_delay_s, of every call, and straggler_delay_s (1). Shares of the calls:
-    straggler_rate, death_rate, wrong_rate (1). straggler_score, a module:function, scores
-    rows, and the calls with the largest are delayed.
-    wrong_workers, {swap = [1]}, swap rows. fault_seed is the seed (default: --seed)."""
+    0.5}. Delays in seconds: service_delay_s of every call, straggler_delay_s (default: 1). Shares
+    of the calls: straggler_rate, death_rate, wrong_rate (default: 1). straggler_score is a
+    module:function that scores rows; calls with the largest scores straggle. wrong_workers,
+    {swap = [1]}, swap rows. fault_seed is the seed (default: --seed)."""
 
     output: Path = Path()
-    "File for the result; for a plan a folder, for a run either."
+    "File for the result; plan: a folder; run: a file or a folder."
     plot: Path = Path()
     "File for the picture."
     numbers: Path | None = None
     "JSON file for the table's numbers (default: none)."
     resume: Annotated[bool, "--resume"] = False
-    "Go on with a run that ended early."
+    "Continue a run that ended early."
     evaluate: Annotated[bool, "--evaluate"] = False
     "Measure the accuracy now, on the test set; needs the data."
     names: Annotated[list[str] | None, ""] = None
     "Names of models (default: all)."
     file: Annotated[Path, ""] = Path("my_model.py")
-    "The .py file to write."
+    "Path of the .py file to write."
 
     def __post_init__(self):
         model, weights, inputs = self.model, self.weights, self.inputs
@@ -214,12 +214,12 @@ class Options:
 
     @property
     def by_row(self) -> bool:
-        """Return whether a run is row by row, not in groups of a code."""
+        """Return whether `nercc run` works row by row instead of in groups of a code."""
         return self.tolerance is not None or self.max_disagreement is not None
 
 
 def refuse(options: Options, other: str, *names: str) -> None:
-    """Raise ValueError if an option is given that does not go with another one."""
+    """Raise ValueError if one of these options is set, which are not allowed with `other`."""
     for name in names:
         if getattr(options, name) != getattr(Options, name):
             raise ValueError(f"--{name.replace('_', '-')} does not go with {other}")
@@ -230,10 +230,10 @@ class Command:
     """A command.
 
     Attributes:
-        function: Its function's `file:name` in this package, imported when the command runs.
-        first: The options that come first in `--help`.
-        further: The other options that it takes.
-        defaults: Defaults of its own, of results only; a name without an ending is a folder.
+        function: Its function as `file:name` in this package, imported when the command runs.
+        first: The options that come first in `--help`, separated by spaces.
+        further: The other options that it takes, separated by spaces.
+        defaults: Its own defaults for results; a path without an extension is a folder.
     """
 
     function: str
@@ -243,14 +243,14 @@ class Command:
 
     @property
     def help(self) -> str:
-        """Its function's docstring."""
+        """The docstring of the command's function."""
         file, _, name = self.function.partition(":")
         tree = ast.parse((Path(__file__).parent / f"{file}.py").read_text())
         found: Any = next(each for each in tree.body if getattr(each, "name", "") == name)
         return str(ast.get_docstring(found))
 
     def options(self) -> list[Option]:
-        """Return its options in their order in `--help`."""
+        """Return the command's options, in their order in `--help`."""
         fields: Any = ast.parse(inspect.getsource(Options)).body[0]
         words = {
             ast.unparse(field.target): " ".join(ast.literal_eval(text.value).split())
@@ -271,18 +271,18 @@ class Command:
         return [found[name] for name in (*first, *(name for name in found if name in taken))]
 
     def read(self, given: Mapping[str, Any]) -> Options:
-        """Return the options that are given, and its own defaults.
+        """Return the given options, with the command's own defaults for the others.
 
-        Raises ValueError if one is wrong, or nothing can be written where a result is to be: before
-        work, not after it.
+        Raises ValueError if an option is wrong or a result cannot be written, and
+        ModuleNotFoundError if a picture needs a missing package: before the work, not after it.
         """
         options = Options(**{**self.defaults, **given})
         if "plot" in self.defaults and importlib.util.find_spec("matplotlib") is None:
-            raise ModuleNotFoundError(name="matplotlib")  # it is imported after all work
+            raise ModuleNotFoundError(name="matplotlib")  # otherwise noticed only after the work
         taken = {*self.first.split(), *self.further.split()}
         for name in filter(taken.__contains__, ("output", "plot", "numbers", "file")):
             path, usual = getattr(options, name), self.defaults.get(name)
-            if path is None or (usual is not None and not usual.suffix):  # made if needed
+            if path is None or (usual is not None and not usual.suffix):  # a folder to create
                 continue
             there = path if path.exists() else path.parent
             if not os.access(there, os.W_OK):

@@ -1,4 +1,4 @@
-"""Output that commands share: texts, progress, and numbers in a file."""
+"""Output of commands: texts, progress bars, and JSON files of numbers."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from rich.progress import (
 
 
 def show(console: Console, *texts: object) -> None:
-    """Print texts as they are, one below the other: nothing is wrapped, cut or coloured."""
+    """Print texts, one a line, without wrapping, cutting or colours."""
     text = "\n".join(map(str, texts))
     console.print(text, soft_wrap=True, highlight=False, markup=False)
 
@@ -27,7 +27,7 @@ def write_json(
     about: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Write a table's rows to a file, with what was run; do nothing without a path."""
+    """Write facts about a run, and a table's rows, to a JSON file; do nothing without a path."""
     if path is None:
         return
     # JSON has no NaN: unknown numbers are null.

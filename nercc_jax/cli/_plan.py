@@ -1,4 +1,4 @@
-"""`nercc plan`: the code for a model and its workers, or none, measured on unlabelled data."""
+"""`nercc plan`: find the best way to serve a model, with or without a code."""
 
 import dataclasses
 from typing import Any
@@ -16,11 +16,11 @@ from ._workload import find_workload, surrogate_of
 
 
 def plan_service(options: Options) -> None:
-    """Plan how to serve a model: coded, replicated, hedged, or as it is.
+    """Plan how to serve a model: coded, replicated, hedged, or without redundancy.
 
-    All of them are measured within a budget of workers, on data points without labels. The plan
-    recommends the one whose last prediction is there soonest (p99), with few enough labels that
-    differ. On data that the model was trained on, it promises too much.
+    These are compared within a budget of workers and calls, on data points without labels. The plan
+    recommends the one with the shortest time to the last prediction (p99) whose labels differ
+    rarely enough. On the model's training data, it is too optimistic.
     """
     if options.outputs == "values":
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A command's process: its end, settings of the compiler, and the Ray that it is part of."""
+"""A command's process: how it exits, and settings of XLA and JAX."""
 
 import contextlib
 import importlib.metadata
@@ -11,10 +11,10 @@ from ..compilation import enable_compilation_cache
 
 
 def end(code: Any) -> NoReturn:
-    """End the process; at once where Python's own end would crash, hang, or wait for minutes.
+    """Exit the process, immediately if Python's normal exit would crash, hang, or take minutes.
 
-    It would crash where JAX is interrupted while compiling (0.10), or where a hung worker's thread
-    comes back from compiled code; and wait for a learner of rows, or for the head of a lost Ray.
+    That would crash after JAX was interrupted while compiling (0.10), or when a hung worker's
+    thread returns from compiled code; it would wait for a learner's thread, or a lost Ray head.
     """
     threads = [each.name for each in threading.enumerate()]
     ray = sys.modules.get("nercc_jax.pools")
@@ -25,24 +25,24 @@ def end(code: Any) -> NoReturn:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process at once, whatever threads it has."""
+    """Exit the process immediately, without waiting for threads."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def keep_programs() -> None:
-    """Enable the compilation cache, where its folder can be written to."""
+    """Enable the compilation cache if its folder is writable."""
     with contextlib.suppress(OSError):
         enable_compilation_cache()
 
 
 def compile_plainly() -> None:
-    """Have XLA compile this process's CPU programs without fusion emitters, before JAX starts.
+    """Disable XLA's fusion emitters for this process's CPU programs; call it before JAX starts.
 
     Nearly all of a command's time with a small model is compilation: 7.6 s for a step of `nercc
     tune`, and 5.4 s without the fusion emitters, at the same speed (RepVGG, ViT and LeNet5, too).
-    Versions that do not know the flag abort at it.
+    Versions that do not know the flag would abort.
     """
     flag = "--xla_cpu_use_fusion_emitters"
     version = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
@@ -53,7 +53,7 @@ def compile_plainly() -> None:
 def leave_accelerators() -> None:
     """Keep this process's own JAX on the CPU, unless JAX_PLATFORMS says otherwise.
 
-    Workers are processes of their own, and this one would take most of an accelerator's memory.
+    Workers are separate processes, and this one would take most of an accelerator's memory.
     """
     import jax
 

@@ -1,4 +1,4 @@
-"""`nercc run`: a model over data, row by row or in groups of a code, on workers that may fail."""
+"""`nercc run`: run a model on data, row by row or in groups of a code, on workers that may fail."""
 
 import csv
 import dataclasses
@@ -30,11 +30,11 @@ from ._workload import callable_of, faults_of, find_workload, load_plain_code
 
 
 def run(options: Options) -> None:
-    """Run a model over a data set on a pool whose workers may straggle or die.
+    """Run a model on a data set, on a pool whose workers may straggle or die.
 
-    Each batch is encoded, sent to the workers, and decoded once enough of them answered. With
-    --tolerance or --max-disagreement, each row is computed or predicted, by any function. Exit
-    codes: 0 done, 1 nothing, 2 wrong options, 3 a part is missing, 130 Ctrl-C.
+    Each batch is encoded, sent to the workers, and decoded once enough of them have answered. With
+    --tolerance or --max-disagreement, the model may be any function, and each row is computed or
+    predicted. Exit codes: 0 done, 1 no result, 2 wrong options, 3 rows are missing, 130 Ctrl-C.
     """
     if options.inputs is None or options.inputs.suffix not in (".csv", ".parquet"):
         refuse(options, "inputs other than a .csv or .parquet", "columns", "id_column")
@@ -59,7 +59,7 @@ def run(options: Options) -> None:
         leave_accelerators()
     console = Console()
     opened, bar = pool_opener(options, console), progress_bar(console)
-    # A file has its parts beside it until it is whole; a folder is the result itself.
+    # The parts of a result file are in a folder next to it until the run is complete.
     folder = path.with_name(f"{path.name}.parts") if path.suffix else path
     check_parts(folder, options.resume)
 
@@ -100,10 +100,10 @@ def run(options: Options) -> None:
 
 
 def pool_opener(options: Options, console: Console) -> Callable[..., AbstractPool]:
-    """Return a function that opens the pool that options ask for, and prints what it is for.
+    """Return a function that opens the pool that the options describe, and prints its purpose.
 
-    It takes the model, N, further arguments of a pool, and for a code K. It exits with code 1 if
-    the workers do not start.
+    It takes a description, the model, N, and further arguments of `open_pool`. It exits with code 1
+    if the workers do not start.
     """
     asked = dataclasses.replace(options, faults=faults_of(options.faults))
     hang_timeout = RowSettings(0.0, deadline=options.deadline_s).hang_timeout
@@ -113,7 +113,7 @@ def pool_opener(options: Options, console: Console) -> Callable[..., AbstractPoo
         words = f"{options.workers or num_workers} workers ({options.pool})"
         if options.pool == "ray":
             logging.basicConfig(format="%(message)s")
-            logging.getLogger("nercc_jax.pools").setLevel(logging.INFO)  # which Ray was joined
+            logging.getLogger("nercc_jax.pools").setLevel(logging.INFO)  # logs Ray's address
             join_ray(options.address, options.runtime_env)
         try:
             with console.status(f"starting {words} ..."):
@@ -129,7 +129,7 @@ def pool_opener(options: Options, console: Console) -> Callable[..., AbstractPoo
 def _by_row(
     options: Options, opened: Callable[..., Any], kept: dict[str, Any]
 ) -> tuple[RowResult, dict[str, np.ndarray], EnsembleEstimate | None]:
-    """Run a function on rows, and return the result, its table, and the statistic asked for."""
+    """Run a function on rows; return the result, its table, and the statistic if there is one."""
     fields = {field.name for field in dataclasses.fields(RowSettings)}
     named = {"rows_per_call": "groups"}
     named |= {name: f"{name}_s" for name in ("deadline", "job_deadline", "grace")}
@@ -155,7 +155,7 @@ def _by_row(
 
 
 def _statistic(options: Options) -> Callable[[RowResult], EnsembleEstimate] | None:
-    """Return the statistic that options ask for, if any; raise ValueError if one does not fit."""
+    """Return the function of --statistic, if it is set; raise ValueError if it is invalid."""
     if options.statistic is None:
         if options.stop_at is not None:
             raise ValueError("--stop-at needs a --statistic")
@@ -224,7 +224,7 @@ def _by_group(
 
 
 def _write(path: Path, result: Any, columns: dict[str, np.ndarray]) -> None:
-    """Write rows as arrays or as a table; nothing for a folder, which has its parts."""
+    """Write rows to a file, as arrays or a table; a result folder already has its parts."""
     if path.suffix == ".npz":
         wide: Any = (
             {"predictions": result.values}
@@ -242,5 +242,5 @@ def _write(path: Path, result: Any, columns: dict[str, np.ndarray]) -> None:
         with path.open("w", newline="") as opened:
             writer = csv.writer(opened)
             writer.writerow(columns)
-            # As texts, floats have the shortest digits that identify them.
+            # As text, floats have the shortest digits that identify them.
             writer.writerows(zip(*(each.astype(str) for each in columns.values()), strict=True))

@@ -21,14 +21,14 @@ _NEEDED = (
     *("grpc", "httptools", "orjson", "prometheus_client", "pydantic_settings"),
     *("pythonjsonlogger", "starlette", "uvicorn"),
 )
-# A newcomer's options, which come first, in the panel without a title of its own.
+# The most common settings, which come first in `--help`.
 _FIRST = ("scheme", "num_data", "num_workers", "pool", "workers", "http_port")
 
 
 def options() -> list[Option]:
-    """Return an option for each setting, which takes a while to import.
+    """Return an option for each setting; importing the settings takes a while.
 
-    Models are named by `--model`; the flags are the defaults of all of them.
+    `--model` names the models; the other flags are defaults for all of them.
     """
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
@@ -51,22 +51,22 @@ def options() -> list[Option]:
             panel = settings.panels.get(name, panel)
             if name in ("model", "models", "defaults"):
                 continue
-            # The first sentence; docs/deploy/server.toml has all.
+            # The first sentence only; docs/deploy/server.toml has the full text.
             words = re.match(r".*?[.)](?= [A-Z]|$)", str(field.description), re.DOTALL)
             text, shown = words[0] if words else "", "Options" if name in _FIRST else panel
             flag, kind = f"--{name.replace('_', '-')}", field.annotation
             if kind is not bool and ("Literal" not in str(kind) or "dict" in str(kind)):
-                kind = str  # as the environment has it; the settings convert it
+                kind = str  # text, as in the environment; the settings convert it
             flags = [flag, f"--no-{flag[2:]}"] if kind is bool else [flag]
             found.append(Option(name, kind, field.default, text, shown, flags))
     return found
 
 
 def serve_models(given: Mapping[str, Any]) -> None:
-    """Serve models behind a code: Open Inference Protocol, REST and gRPC.
+    """Serve models behind a code, by the Open Inference Protocol over REST and gRPC.
 
     Settings also come from the environment (NERCC_...) and a file (docs/deploy/server.toml has
-    all); flags come first. SIGTERM answers what was accepted.
+    all); flags take precedence. After SIGTERM, accepted requests are answered before the end.
     """
     from ..serving import ModelSettings
     from ..serving.settings import as_toml, read_settings
@@ -85,12 +85,12 @@ def serve_models(given: Mapping[str, Any]) -> None:
         raise ValueError(message) from error
     if not settings.models:
         settings.models = [ModelSettings(model="lenet5-digits")]
-    # Flags come before what a file says of one model, too.
+    # Flags take precedence over a file's settings of a single model, too.
     chosen = [ModelSettings(**of_all).over(each) for each in settings.resolved()]
     if print_config:
         return print(as_toml(settings, chosen))
     for each in chosen:
-        Options(str(each.model), pool=each.pool)  # names what is wrong before JAX is imported
+        Options(str(each.model), pool=each.pool)  # reports errors before JAX is imported
     if check:
         from ._serving_models import load_parts
 
@@ -105,7 +105,7 @@ def serve_models(given: Mapping[str, Any]) -> None:
     if all(each.pool == "ray" for each in chosen):
         leave_accelerators()
     keep_programs()
-    # Until the server listens; as a container's first process it would be ignored.
+    # Until the server handles signals itself: a container's first process ignores SIGTERM.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     from prometheus_client import CollectorRegistry
 
@@ -118,7 +118,7 @@ def serve_models(given: Mapping[str, Any]) -> None:
     server = Server(starts_of(chosen, registry, join), settings, registry)
 
     def watch() -> None:
-        """End the process should the server not have ended a moment after it should have."""
+        """Exit the process if the server has not ended a moment after `ends_by`."""
         while time.monotonic() <= server.ends_by + moment:
             time.sleep(moment)
         logging.getLogger(__name__).warning("ending with something left behind")
@@ -133,16 +133,16 @@ def serve_models(given: Mapping[str, Any]) -> None:
 
 
 def _start_log() -> None:
-    """Log to stderr, a JSON object a line."""
+    """Log to stderr, one JSON object a line."""
     from pythonjsonlogger.json import JsonFormatter
 
     renamed = {"asctime": "time", "levelname": "level", "name": "logger"}
     fields = "%(asctime)s %(levelname)s %(name)s %(message)s"
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(fields, rename_fields=renamed))
-    # gRPC's core would write lines of its own; exceptions report what matters of them.
+    # gRPC's core would write lines that are not JSON; exceptions report what matters.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    # Uvicorn's word for each step of its life says less than ours; JAX misses TPUs everywhere.
+    # Uvicorn's messages repeat the server's own; JAX warns of missing TPUs on every machine.
     for name in ("uvicorn", "jax._src.xla_bridge"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""From settings to served models: shipped models, your own, and their codes."""
+"""Served models from settings: shipped models or your own, with their codes and surrogates."""
 
 import functools
 import logging
@@ -37,8 +37,8 @@ def starts_of(
 ) -> dict[str, Callable[[], ServedModel]]:
     """Return functions that start each model with its workers, by name.
 
-    A start raises ValueError for settings that do not fit, `StartFailed`, and what `join` raises,
-    which is called before a model whose workers are Ray actors.
+    `join` is called before the start of a model whose workers are Ray actors. A start raises
+    ValueError for settings that do not fit, `StartFailed`, and the errors of `join`.
 
     Raises:
         ValueError: for mistakes that are found without loading a model.
@@ -53,7 +53,7 @@ def starts_of(
         _LOG.info("loading", extra={"model": name})
         servable, code, predictor = load_parts(settings, code)
         if ":" not in str(settings.model) and settings.outputs is settings.tolerance is None:
-            settings = settings.model_copy(update={"outputs": "logits"})  # they are classifiers
+            settings = settings.model_copy(update={"outputs": "logits"})  # shipped: classifiers
         settings = settings.model_copy(update={"faults": faults_of(settings.faults)})
         try:
             return ServedModel(servable, code, settings, metrics, predictor)
@@ -66,35 +66,35 @@ def starts_of(
 def load_parts(
     settings: ModelSettings, code: AbstractCode | None = None
 ) -> tuple[Servable, AbstractCode, Predictor | None]:
-    """Return a model, its code and its predictor: all that needs no workers.
+    """Return a model, its code and its predictor: the parts that need no workers.
 
-    The code is `UNCODED` where the model cannot be coded, and no code was asked for. The model has
-    unlabelled inputs to calibrate on, if there are any.
+    The code is `UNCODED` if the model cannot be coded, and the settings name no code. The model has
+    unlabelled inputs for calibration, if there are any.
 
     Raises:
-        ValueError: where something does not fit.
+        ValueError: if a setting does not fit the model.
     """
     code = code_of(settings) if code is None else code
     asked, name, prepare = str(settings.model), settings.served_name, settings.preprocess
-    # As workers return them, and as files name them.
+    # The kind of outputs that the model returns, which file names of codes contain.
     returned: Returned = "probabilities" if settings.outputs == "probabilities" else "logits"
     model: Any = model_of(asked, settings.weights, returned)
     shipped = ":" not in asked
     inputs: Any = None
     if settings.inputs is not None:
         with of_option(f"--inputs {settings.inputs}"):
-            if settings.inputs.suffix == ".npz":  # by name, for a model of a dict
+            if settings.inputs.suffix == ".npz":  # by name, for a model with several inputs
                 with np.load(settings.inputs, allow_pickle=False) as arrays:
                     inputs = dict(arrays)
             else:
                 inputs = nercc_models.load_inputs(settings.inputs)[0]
-    elif shipped and model.data == "digits":  # which come with a package
+    elif shipped and model.data == "digits":  # the digits come with scikit-learn
         inputs = lambda: model.images("train", None, 1024, 0)[0]  # noqa: E731
     elif not shipped and not asked.startswith(HUB):
         with of_option(f"--model {asked}"):
             inputs = nercc_models.example_inputs(asked)
     if inputs is not None and not callable(inputs) and (settings.inputs is not None or not prepare):
-        inputs = jax.tree.map(lambda x: np.asarray(x, np.float32), inputs)  # else as clients do
+        inputs = jax.tree.map(lambda x: np.asarray(x, np.float32), inputs)  # else clients' dtype
     shape = settings.input_shape or getattr(model, "input_shape", None)
     if shape is None and inputs is not None:
         shape = jax.tree.map(lambda x: x.shape[1:], inputs)
@@ -140,7 +140,7 @@ def load_parts(
 def code_of(settings: ModelSettings) -> AbstractCode:
     """Return the code that the settings name; for a shipped model a tuned one, if there is one.
 
-    Raises ValueError where there is no such model, file or code, without loading any model.
+    Raises ValueError if there is no such model, file or code, without loading any model.
     """
     with of_option(settings.served_name):
         Options(str(settings.model), settings.weights, settings.inputs, pool=settings.pool)
@@ -150,7 +150,7 @@ def code_of(settings: ModelSettings) -> AbstractCode:
     if settings.scheme == "uncoded":
         return UNCODED
     if settings.scheme == "replication":
-        return Replication(1, max(n // k, 1))  # each query by itself: no group to wait for
+        return Replication(1, max(n // k, 1))  # K = 1: no query waits for a group
     if settings.scheme in ("berrut", "berrut-spline"):
         kind = Berrut if settings.scheme == "berrut" else BerrutSpline
         return kind(k, n, points=points)

@@ -1,4 +1,4 @@
-"""`nercc tune`: the parameters of a code, by gradient descent on unlabelled data."""
+"""`nercc tune`: tune the parameters of a code by gradient descent on unlabelled data."""
 
 import datetime
 from typing import Any
@@ -20,9 +20,9 @@ from ._workload import find_workload
 def tune_code(options: Options) -> None:
     """Tune a code for a model by gradient descent through encoder, model and decoder.
 
-    No labels are needed. The errors before and after are printed, on other data points, and the
-    tuned code is written, for `nercc demo --code` and `nercc run --code`, and of the layouts
-    `interleaved` and `repeated` for `nercc serve --code`.
+    No labels are needed. The errors before and after tuning are printed, measured on other data
+    points. The tuned code is written to a file for `nercc demo --code` and `nercc run --code`; with
+    the layouts `interleaved` and `repeated`, also for `nercc serve --code`.
     """
     size, outputs = (options.num_data, options.num_workers), options.outputs
     num_data, num_workers = size

@@ -1,6 +1,6 @@
-"""What options name: the model and its data points, callables, surrogates and codes.
+"""The objects that options name: models and their data points, callables, surrogates and codes.
 
-docs/own-models.md describes them, and `nercc new-model` writes a file that follows it.
+docs/own-models.md describes models of your own; `nercc new-model` writes a template.
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ from ._options import Options, Returned
 def find_workload(options: Options, *, traced: bool = True) -> tuple[Any, nercc_models.DataPoints]:
     """Return the model and the data points that the options of the command line select.
 
-    Where JAX calls the model (`traced`), inputs of your own are converted to float32; otherwise
-    they keep the type in which they were read.
+    If JAX calls the model (`traced`), inputs of your own are converted to float32; otherwise they
+    keep the dtype of their file.
 
     Raises:
-        ValueError: If there is no such model, no inputs are known, or the model does not run on
+        ValueError: If there is no such model, there are no inputs, or the model does not run on
             them.
-        ImportError: If an extra is missing; it says which.
+        ImportError: If an extra is missing; the message names it.
     """
     name, outputs, inputs = options.model, options.outputs, options.inputs
     model = model_of(name, options.weights, outputs)
@@ -45,7 +45,7 @@ def find_workload(options: Options, *, traced: bool = True) -> tuple[Any, nercc_
     if data.x is not None:
         data = dataclasses.replace(data, x=data.x.astype(np.float32))
 
-    # JAX must be able to run it, and give a row for each.
+    # JAX must be able to run the model, which must return a row for each data point.
     check_model(model)
     with of_option(f"--split {options.split}"):
         one = data.shuffled(options.split or "test", 1, 0) if data.x is None else data.x
@@ -71,22 +71,22 @@ def find_workload(options: Options, *, traced: bool = True) -> tuple[Any, nercc_
 
 
 def model_of(name: str, weights: Path | None, outputs: Returned) -> Any:
-    """Return the model that --model names; raise ValueError, which names it, if there is none."""
+    """Return the model that --model names; raise a ValueError with its name if there is none."""
     with of_option(f"--model {name}"):
         wanted = "probabilities" if outputs == "probabilities" else "logits"
         return nercc_models.find_model(name, weights, wanted)
 
 
 def callable_of(option: str, name: str) -> Callable[..., Any]:
-    """Return the callable that an option names; raise ValueError, which names it, if none is."""
+    """Return the callable that an option names; raise a ValueError with its name if none is."""
     with of_option(f"{option} {name}"):
         return nercc_models.find_callable(name)
 
 
 def surrogate_of(asked: str, model: str, outputs: str) -> Callable[..., Any]:
-    """Return a cheap model that stands in for another one, which returns these outputs.
+    """Return the surrogate of a model that returns these outputs.
 
-    It is `student`, the shipped one; a file that `nercc distill` wrote; or module:function.
+    `asked` is `student`, the shipped one; a file that `nercc distill` wrote; or module:function.
 
     Raises:
         ValueError: If there is no such surrogate.
@@ -106,7 +106,7 @@ def surrogate_of(asked: str, model: str, outputs: str) -> Callable[..., Any]:
 
 
 def faults_of(asked: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the faults that a table asks for, with a function as the score of rows, if any.
+    """Return the faults in a table, with `straggler_score` as a function, if it is there.
 
     Raises:
         ValueError: If there is no such fault or function, or a value does not fit.
@@ -121,7 +121,7 @@ def faults_of(asked: Mapping[str, Any] | None) -> dict[str, Any]:
 def load_plain_code(path: Path, option: str) -> AbstractCode:
     """Return a code from its file, for workers that all run the served model.
 
-    Raises ValueError, naming the option, if some workers would run other models, or as `load_code`.
+    Raises a ValueError with the option's name if it is no such code, or cannot be read.
     """
     with of_option(option):
         code = load_code(path)

@@ -1,4 +1,4 @@
-"""Hedging of any async call: a second one where it helps, within a budget. It needs no JAX."""
+"""Hedging of any async call: copies of late calls, within a budget. It needs no JAX."""
 
 from ._hedge import hedge
 

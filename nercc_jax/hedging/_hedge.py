@@ -1,7 +1,6 @@
-"""Hedged calls: the event loop's thread sends and cancels, and another thread decides.
+"""Hedged calls: the event loop's thread sends and cancels calls, and another thread decides.
 
-What recorded calls speak for, when to send a second call and which targets to send fewer, is for
-`next_choice` to say.
+From recorded calls, `next_choice` decides when to send a second call, and which targets get fewer.
 """
 
 import asyncio
@@ -26,7 +25,7 @@ Answer = TypeVar("Answer")
 
 @dataclasses.dataclass
 class TimedCall:
-    """A call to a target, a request's first one or a copy, and how it ended after some seconds."""
+    """A call to a target: the `first` of its request, or a copy; how and when it ended."""
 
     target: int
     sent: float
@@ -36,7 +35,7 @@ class TimedCall:
 
 
 class Choice(NamedTuple):
-    """The policy, with its limit in medians; the median in seconds; and the targets' weights."""
+    """The policy, with a limit in medians; the median, in seconds; and the targets' weights."""
 
     hedge: simulate.Hedge
     median: float
@@ -52,15 +51,15 @@ def next_choice(
     copies: int,
     budget: float,
 ) -> Choice:
-    """Return the next choice, or the present one where too little is known.
+    """Return the next choice, or the present one if too few calls were recorded.
 
     Args:
         calls: The latest calls.
-        raced: Seconds of requests that were hedged since the present choice was made.
+        raced: Seconds of the requests that were hedged under the present choice.
         choice: The present choice.
-        trials: What earlier copies have shown; `raced` is added.
-        copies: Copies of a request, at most.
-        budget: Mean calls a request.
+        trials: The evidence from earlier copies; `raced` is added to it.
+        copies: The most copies of a request.
+        budget: The mean number of calls a request, at most.
     """
     first = [call for call in calls if call.first and call.end != "failed"]
     rows = np.array([(call.sent, call.seconds, call.target) for call in first]).reshape(-1, 3)
@@ -78,19 +77,19 @@ def next_choice(
         replay, useless = trials.applied(replay, hedge.limit)
         candidates = [dataclasses.replace(hedge, hedges=hedges) for hedges in (True, not useless)]
     for at_once in range(1, min(picking.PICKING.at_once, copies) + 1):
-        late = min(0.9 * (budget - 1) / at_once, 1)  # which spends nine tenths of the budget
+        late = min(0.9 * (budget - 1) / at_once, 1)  # this share spends nine tenths of the budget
         limits = [*picking.PICKING.thresholds, float(np.quantile(replay.own, 1 - late))]
         candidates += [simulate.Hedge(limit, at_once) for limit in limits]
     forecasts = {each: picking.forecast(replay, picking.Play(each)) for each in candidates}
     for each, found in forecasts.items():
-        # Beyond the budget copies are not sent, which leaves requests as slow as they are.
+        # Copies beyond the budget are not sent, so the requests stay as slow as they are.
         if found.calls > budget:
             refused = 1 - (budget - 1) / (found.calls - 1)
             left = replay.as_slow(np.full(len(replay.own), refused))
             forecasts[each] = picking.forecast(left, picking.Play(each))._replace(calls=budget)
     hedge = picking.choose(forecasts, hedge, budget)
 
-    # A target that is slow, or fails, more often than the others gets fewer and fewer first calls.
+    # A target that is slow or fails more often than the others has its weight halved each time.
     number, slow = np.zeros((2, len(choice.weights)))
     for call in calls[-picking.PICKING.recent :]:
         late = call.end == "failed" or call.seconds > picking.PICKING.slow * replay.median
@@ -103,16 +102,15 @@ def next_choice(
 
 
 class hedge(Generic[Answer]):
-    """An async call over interchangeable targets, with a second one where that shortens the tail.
+    """An async call over interchangeable targets, with copies if that shortens the latency tail.
 
-    A request calls one target. If that takes longer than usual, it calls another one, takes the
-    first answer, and cancels the other call. When "longer than usual" is, is learned: the latest
-    calls are replayed with each limit, and the one with the shortest tail within the budget is
-    picked, again and again. Where a copy is as slow as what it copies (the query itself is slow,
-    or something behind all targets), nearly none are sent, but for one late request in ten, which
-    shows when copies help again. Nothing is hedged before 20 requests were answered. A target that
-    is slow, or fails, more often than others gets fewer and fewer first calls, 3 % of another's at
-    least.
+    A request calls one target. If that takes longer than a limit, it calls another target, takes
+    the first answer, and cancels the other call. The limit is learned: the latest calls are
+    replayed with each candidate, and the one with the shortest tail within the budget is picked,
+    repeatedly. If copies are as slow as their originals (the query itself is slow, or something
+    behind all targets), almost none are sent: only one late request in ten is hedged, which shows
+    when copies help again. Nothing is hedged before 20 requests. A target that is slow or fails
+    more often than others gets fewer first calls, but at least 3 % of another's.
 
         >>> import asyncio
         >>> from nercc_jax import hedge
@@ -125,18 +123,18 @@ class hedge(Generic[Answer]):
         >>> asyncio.run(main())  # doctest: +NORMALIZE_WHITESPACE
         (['first to one', 'second to two'], {'requests': 2, 'calls': 2, 'hedges': 0, 'won': 0})
 
-    A call may be made twice, and cancelled in the middle: hedge reads, inference, and what is safe
-    to repeat. A request that is cancelled cancels its calls. One loser in ten is not cancelled, so
-    that its time is known. A call that fails does not end a request while another one is out; when
-    all have failed, the first's exception is raised. Failures are not repeated.
+    A call may be made twice, and may be cancelled: hedge reads, inference, and other calls that are
+    safe to repeat. Cancelling a request cancels its calls. In one request of ten, slower calls are
+    not cancelled, so that their times are recorded. A failed call does not end a request while
+    another call is in flight; if all fail, the first one's exception is raised, without retries.
 
-    An instance belongs to one event loop, and may answer any number of requests at a time. It keeps
-    the times of the latest 4,096 calls. Prometheus's client takes it: `REGISTRY.register(hedged)`
-    exports the counts as `hedge_requests_total` and so on.
+    An instance belongs to one event loop, and may answer any number of requests concurrently. It
+    keeps the times of the latest 4,096 calls. To export the counts to Prometheus, as
+    `hedge_requests_total` and so on, call `REGISTRY.register(hedged)`.
 
     Attributes:
-        counts: Numbers of `requests`, of `calls` for them, of `hedges` among the calls, and of
-            hedges that `won`: they answered first.
+        counts: Numbers of `requests`, of their `calls`, of `hedges` (copies) among the calls, and
+            of hedges that `won`: they answered first.
     """
 
     def __init__(
@@ -151,14 +149,15 @@ class hedge(Generic[Answer]):
 
         Args:
             call: Called as `call(target, *args, **kwargs)`, or without a target if there are none.
-            targets: Anything that the call can do its work with: clients, addresses, channels. The
-                second call goes to another one than the first. None for a call that is balanced
-                behind it, such as a deployment's handle.
-            budget: Mean calls a request, at most (default: 1.1). Up to ten copies can be saved up.
-            name: Prefix of the metrics' names.
+            targets: Clients, addresses or channels, one of which is passed to each call. A copy
+                goes to another target than the first call. None for a call with its own load
+                balancing, such as a deployment's handle.
+            budget: The mean number of calls a request, at most (default: 1.1). Up to ten unused
+                copies are saved.
+            name: The prefix of the metrics' names.
 
         Raises:
-            ValueError: For a budget below 1, an empty list of targets, or what cannot be called.
+            ValueError: If the budget is below 1, `targets` is empty, or `call` is not callable.
         """
         if not callable(call):
             raise ValueError(f"call is an async callable (target, ...), not {call!r}")
@@ -172,9 +171,9 @@ class hedge(Generic[Answer]):
         number = len(self._targets)
         self._copies = 1 if number == 2 else 2
         self._choice = Choice(simulate.Hedge(math.inf), math.inf, [1.0] * number)
-        self._flying, self._credit = [0] * number, [0.0] * number
+        self._in_flight, self._credit = [0] * number, [0.0] * number
         self._tokens, self._random = 0.0, random.Random(0)
-        self._tasks: set[asyncio.Task[Answer]] = set()  # an event loop does not keep them
+        self._tasks: set[asyncio.Task[Answer]] = set()  # event loops hold only weak references
         self._calls: deque[TimedCall] = deque(maxlen=picking.PICKING.kept)
         self._raced: deque[float] = deque(maxlen=picking.PICKING.kept)  # seconds of hedged requests
         self._trials = picking.CopyTrials()
@@ -189,10 +188,10 @@ class hedge(Generic[Answer]):
         loop, policy = asyncio.get_running_loop(), self._choice.hedge
         self.counts["requests"] += 1
         self._tokens = min(self._tokens + self._budget - 1, picking.PICKING.saved)
-        # Where copies are of no use, some are tried; what takes very long may hang.
+        # If copies are useless, a share of requests tries them; a very long call may hang.
         hedges = policy.hedges or self._random.random() < picking.PICKING.tried
         limit = self._choice.median * (policy.limit if hedges else picking.PICKING.hung)
-        limit = max(limit, 1e-3)  # as exact as timers are
+        limit = max(limit, 1e-3)  # the resolution of timers
         began = loop.time()
         due, tasks, used = began + limit, [], []
         self._send(args, kwargs, tasks, used)
@@ -211,11 +210,11 @@ class hedge(Generic[Answer]):
                         return task.result()
                 if not done:
                     copies = min(policy.at_once, left, int(self._tokens))
-                    due += limit if copies else due - began  # looks less and less often
+                    due += limit if copies else due - began  # without budget: wait twice as long
                     for _ in range(copies):
                         self._tokens -= 1
                         self._send(args, kwargs, tasks, used)
-            return tasks[0].result()  # which raises: all have failed
+            return tasks[0].result()  # raises, since all calls have failed
         finally:
             if self._random.random() >= left_to_run:
                 for task in tasks:
@@ -226,17 +225,17 @@ class hedge(Generic[Answer]):
     def _send(
         self, args: Sequence[Any], kwargs: dict[str, Any], tasks: list[Any], used: list[int]
     ) -> None:
-        """Send a call to a target that is not used yet.
+        """Send a call to a target that this request has not used yet, if there are several.
 
-        This is smooth weighted round robin. A target with more calls in flight than by its weight
-        gets fewer.
+        This is smooth weighted round robin. A target with more calls in flight than its weight's
+        share gets fewer.
         """
         weights, free = self._choice.weights, [*range(len(self._targets))]
         if len(free) > 1:
             free = [each for each in free if each not in used]
-        usual = sum(self._flying) / sum(weights)  # calls in flight, by weight
+        usual = sum(self._in_flight) / sum(weights)  # calls in flight, by weight
         shares = {
-            each: weights[each] * (1 + usual * weights[each]) / (1 + self._flying[each])
+            each: weights[each] * (1 + usual * weights[each]) / (1 + self._in_flight[each])
             for each in free
         }
         for each, share in shares.items():
@@ -251,10 +250,10 @@ class hedge(Generic[Answer]):
         call, task = TimedCall(target, loop.time(), first=not used), loop.create_task(run())
         self.counts["calls"] += 1
         self.counts["hedges"] += not call.first
-        self._flying[target] += 1
+        self._in_flight[target] += 1
 
         def ended(task: asyncio.Task[Answer]) -> None:
-            self._flying[target] -= 1
+            self._in_flight[target] -= 1
             self._tasks.discard(task)
             call.seconds = loop.time() - call.sent
             if task.cancelled():
@@ -269,7 +268,7 @@ class hedge(Generic[Answer]):
         used.append(target)
 
     def _decide(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Begin a decision, which takes some 30 ms of another thread."""
+        """Start the next decision on another thread, which takes about 30 ms."""
         requests, began = self.counts["requests"], loop.time()
         known = list(self._calls), np.array(self._raced), self._choice, self._trials
         run = functools.partial(next_choice, *known, copies=self._copies, budget=self._budget)
@@ -281,7 +280,7 @@ class hedge(Generic[Answer]):
             self._rests_until = loop.time() + (loop.time() - began) / picking.PICKING.time_share
             try:
                 self._choice = future.result()
-            except Exception:  # the choice stays; the next decision may do better
+            except Exception:  # keep the present choice; the next decision may succeed
                 _LOG.exception("deciding when to hedge failed")
 
         loop.run_in_executor(None, run).add_done_callback(decided)
@@ -298,7 +297,7 @@ class hedge(Generic[Answer]):
         }
 
     def collect(self) -> Iterator[Any]:
-        """Yield the counts as metrics of Prometheus's client."""
+        """Yield the counts as metrics for Prometheus's Python client."""
         from prometheus_client.core import CounterMetricFamily
 
         for name, number in self.counts.items():

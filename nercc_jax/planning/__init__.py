@@ -1,4 +1,4 @@
-"""Planning: the code, the number of workers, and the rule of waiting for a service; or none."""
+"""Planning: whether and how to code a service: code, number of workers, and when to decode."""
 
 from ._plan import ALIKE, Candidate, Plan, plan
 

@@ -1,7 +1,7 @@
-"""The plan for a service: copies, hedging, a code and its rule of waiting, or nothing.
+"""The plan for a service: copies, hedging, a code with its rule of waiting, or none of these.
 
-Times are the simulator's, labels are measured. Ways to serve are screened on one half of the data,
-and the most promising are judged on the other, with straggler sets of their own.
+Times are simulated, labels are measured. Candidates are screened on one half of the data, and the
+most promising ones are measured on the other half, with other straggler sets.
 """
 
 import dataclasses
@@ -31,25 +31,25 @@ from ..stragglers import AbstractLatency, simulate
 from ..stragglers.draws import latency_draws
 from ..surrogates import Surrogate
 
-DRAWS = 20_000  # groups of queries whose times are drawn for a p99
+DRAWS = 20_000  # simulated sets of queries for a p99
 ALIKE = 0.03  # p99s that differ by less count as equal; the cheaper is then better
 DOUBTED = "copies of the uncertain"
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One way to serve the queries, and what it does.
+    """One way to serve the queries, and its results.
 
     `num_data` queries are coded together on `num_workers` workers, at the layout `points`, in the
     order `order` ("pixels" or None). A group is decoded when `wait_for` workers have answered, but
-    not before `min_wait` seconds. Hedging sends up to `copies` of a query, `hedge_copies` further
-    ones every `hedge_after` seconds.
+    not before `min_wait` seconds. Hedging makes up to `copies` calls of a query, `hedge_copies`
+    further ones after every `hedge_after` seconds.
 
-    `extra_work` is what is sent beyond one call a query, as a share. `disagreement` is the share of
-    labels that differ from the model's own, lost ones included, and `most_disagreement` its upper
-    bound; 0 for `exact` ones, whose predictions are all the model's own. `p50` and `p99` are of the
-    seconds until the last of the queries is answered. What is not `held_out` was only screened, on
-    few straggler sets of the other half.
+    `extra_work` is the number of calls a query beyond one. `disagreement` is the share of labels
+    that differ from the model's own, lost ones included, and `most_disagreement` its upper bound;
+    both are 0 if it is `exact`: all predictions are the model's own. `p50` and `p99` are quantiles
+    of the seconds until the last of the queries is answered. A candidate that is not `held_out` was
+    only screened, on a few straggler sets of the other half.
     """
 
     system: str
@@ -83,12 +83,12 @@ class Candidate:
         wrong: Bool[np.ndarray, "groups sets num_data"] | None = None,
         resent: float = 0.0,
     ) -> "Candidate":
-        """Return the same way with results: times to the last prediction, and wrong labels.
+        """Return the candidate with results: times to the last prediction, and wrong labels.
 
         Groups are independent, their straggler sets are not. The bound holds with a probability of
-        99 %: if the share were 4.6 over the number, none would be seen with a probability of 1 %.
-        One of up to twenty candidates is chosen by this, and 95 % would often choose one that was
-        lucky.
+        99 %: if the share is 4.6 over the number of data points, none is wrong with a probability
+        of 1 %. One of up to twenty candidates is chosen by this bound, so with 95 % a lucky one
+        would often be chosen.
         """
         changes: Any = {"extra_work": self.num_workers / self.num_data - 1 + resent}
         changes |= zip(("p50", "p99"), np.quantile(times, (0.5, 0.99)).tolist(), strict=True)
@@ -102,7 +102,7 @@ class Candidate:
         return dataclasses.replace(self, **changes)
 
     def feasible(self, asked: Mapping[str, Any]) -> bool:
-        """Return whether it keeps to what was asked for, and was not only screened."""
+        """Return whether it keeps to the limits in `asked`, and was not only screened."""
         return (
             self.held_out
             and self.extra_work <= asked["max_extra_work"] + 1e-9
@@ -110,10 +110,10 @@ class Candidate:
         )
 
     def scheme(self, surrogate: Callable[[Array], Array] | None = None) -> Scheme:
-        """Return it as a scheme for `coded_inference`, with the surrogate that it answers by.
+        """Return the candidate as a scheme for `coded_inference`, with the surrogate if it has one.
 
         Raises:
-            ValueError: The surrogate is missing.
+            ValueError: The candidate needs a surrogate, and none is given.
         """
         if self.system != DOUBTED:
             return Scheme(self.code, order=self.order)  # pyright: ignore[reportArgumentType]
@@ -135,8 +135,8 @@ class Plan:
         candidates: All systems that were measured.
         recommended: The recommended one.
         reason: Why it is recommended.
-        asked: The arguments of `plan`, by name.
-        about: The data that it was measured on, and the seconds that took.
+        asked: The numbers that were passed to `plan`, by name.
+        about: Counts of the data used for measurements, and the seconds that planning took.
     """
 
     candidates: tuple[Candidate, ...]
@@ -149,11 +149,11 @@ class Plan:
     def of(
         cls, candidates: Sequence[Candidate], asked: dict[str, Any], about: dict[str, Any]
     ) -> "Plan":
-        """Return the plan that recommends the best of those that keep to what is asked.
+        """Return the plan that recommends the best candidate within the limits in `asked`.
 
-        p99s that differ by less than 3 % are equal; the cheaper is then better.
+        p99s that differ by less than 3 % count as equal; the cheaper candidate is then better.
         """
-        allowed = [row for row in candidates if row.feasible(asked)]  # "uncoded" always is one
+        allowed = [row for row in candidates if row.feasible(asked)]  # always including "uncoded"
         equal = (1 + ALIKE) * min(row.p99 for row in allowed)
         best = min(
             (row for row in allowed if row.p99 <= equal),
@@ -173,10 +173,10 @@ class Plan:
         return cls(tuple(candidates), best, f"{reason}; {then}.", asked, about)
 
     def __str__(self) -> str:
-        """Return a table of the fastest candidate of each system at each size, and what to do."""
+        """Return a table of the best candidate of each system and size, and the recommendation."""
         best, about, asked = self.recommended, self.about, self.asked
 
-        def rank(row: Candidate) -> tuple[bool, bool, float]:  # else nearest to what was asked
+        def rank(row: Candidate) -> tuple[bool, bool, float]:  # feasible by p99, else by labels
             kept = row.feasible(asked)
             return not kept, not row.held_out, row.p99 if kept else row.most_disagreement
 
@@ -233,44 +233,45 @@ def plan(
 ) -> Plan:
     """Find the way to serve a model with the least p99 latency that the budget allows.
 
-    Compared are: one worker for each query ("uncoded"); further copies, one or two at once, of what
-    is not answered after a quantile of the latency, all chosen ("hedged"); copies from the start
-    ("replication"), where what is lost counts as wrong; copies from the start of what the surrogate
-    is least sure of, where it answers what is late ("copies of the uncertain"); and NeRCC codes,
-    with and without ordering. The recommendation is the least p99 among those within the budget;
-    within 3 % of it the least extra work, and then the least disagreement.
+    These systems are compared: one worker for each query ("uncoded"); one or two further copies of
+    queries that are not answered after a quantile of the latency, for several quantiles ("hedged");
+    copies from the start ("replication"), where lost queries count as wrong; copies from the start
+    of the queries of which the surrogate is least certain, with its answers to lost ones ("copies
+    of the uncertain"); and NeRCC codes, with and without ordering. The recommended candidate has
+    the least p99 within the budget; within 3 % of it the least extra work, and then the least
+    disagreement.
 
-    **Time** is the same for all: `num_queries` come together, and the clock runs until the last of
-    them is answered, by a worker's answer to the query itself or by decoding. All calls take
-    independent draws of `latency`, on workers that are free; a copy that comes too late counts as a
-    whole call. If your workers straggle together, or queue, this flatters all systems, hedging
-    most.
+    **Time** is defined alike for all: `num_queries` arrive together, and the time ends when the
+    last of them is answered, by a worker's answer to the query itself or by decoding. All calls
+    take independent draws of `latency`, on idle workers; a copy that is too late counts as a whole
+    call. If your workers straggle together, or queue, real times are longer, most for hedging.
 
-    **Disagreement** is measured: codes and rules are screened on one random half of `x`. The
-    fastest of them meet the other half with straggler sets of their own; of those that keep to
-    `max_disagreement` there, by the end of their 99 % interval, one is recommended. Being chosen
-    from several flatters it: expect its mean, but not that end, to be somewhat exceeded on data
-    that chose nothing. Of a thousand data points 0.9 % can be promised at best, of two thousand
-    0.5 %: none wrong in the held-out half.
+    **Disagreement** is measured. Codes and rules are screened on one random half of `x`. The
+    fastest ones are measured on the other half, with other straggler sets; one of those whose 99 %
+    interval ends within `max_disagreement` is recommended. As it is chosen from several, its mean
+    is optimistic: on new data, expect the mean, but not the interval's end, to be somewhat
+    exceeded. With a thousand data points, at best 0.9 % can be promised, with two thousand 0.5 %,
+    if no label is wrong in the held-out half.
 
     Args:
-        model: Maps (B, ...) to vectors (B, outputs), and is compiled.
-        x: Unlabelled data points as they will come, floats. Those that the model was trained on
-            promise too much.
-        latency: The law of the seconds that a call takes (or `TraceLatency.from_file`), which draws
+        model: A function from (B, ...) to vectors (B, outputs), which is compiled.
+        x: Unlabelled data points like those in use, floats. Training data of the model make the
+            plan too optimistic.
+        latency: The law of the seconds of a call (such as `TraceLatency.from_file`), which draws
             for any number of workers, its last axis.
-        key: Random key.
-        num_queries: Queries that come together.
+        key: The random key.
+        num_queries: The number of queries that arrive together.
         max_workers: The most workers for the first copies of `num_queries` queries.
-        max_extra_work: The most calls beyond one for each query, as a share, in the mean.
+        max_extra_work: The most calls a query beyond one, in the mean.
         max_disagreement: The largest share of labels that may differ.
-        num_data: Divisors of `num_queries`, coded together. Default: all, and half of them.
+        num_data: The numbers of queries coded together, divisors of `num_queries` (default: all of
+            the queries, and half of them).
         layouts: NeRCC's layouts, as in `regression_points`.
-        surrogate: A cheap model to answer by, and to place copies by.
-        buffer_size: Waiting queries that are ordered at a time. Default: those that come together.
-            How long queries wait for others is not counted.
-        overhead: Seconds that the master takes in all (ordering, encoding, sending, decoding, a
-            surrogate); added to every system's time.
+        surrogate: A cheap model whose certainty places copies, and which answers lost queries.
+        buffer_size: The number of waiting queries that are ordered together (default:
+            `num_queries`). The time that queries wait for others is not counted.
+        overhead: The master's seconds in all (ordering, encoding, sending, decoding, a surrogate),
+            added to every system's time.
 
     Raises:
         ValueError: A number is out of range, a layout is unknown, latencies are not finite or
@@ -327,8 +328,8 @@ def plan(
     fastest = min(row.p99 for row in found if row.feasible(asked))
     screened = [row for way in ways for row in screening.screened(way, fastest)]
 
-    # The most promising, until three keep to what is asked; among p99s that count as equal the
-    # cheaper comes first.
+    # Measure the most promising candidates until three keep to the limits; among p99s that count as
+    # equal, the cheaper comes first.
     fast = [
         row for row in screened
         if not row.held_out and row.p99 < fastest and max_disagreement >= row.disagreement.mean
@@ -344,7 +345,7 @@ def plan(
 
 
 class _Half:
-    """One half of the data, and what ways to serve do on it: all meet the same latencies."""
+    """One half of the data, on which candidates are measured, all with the same latencies."""
 
     def __init__(
         self,
@@ -367,7 +368,7 @@ class _Half:
         def recorded(
             points: str, num_data: int, num_workers: int, order: str | None
         ) -> tuple[Float[np.ndarray, "groups num_workers m"], Int[np.ndarray, "groups num_data"]]:
-            """Return a layout's answers to groups of data points in this order, and own labels."""
+            """Return the answers of a layout's workers to ordered groups, and the own labels."""
             places, by = np.arange(len(self.x)), {"buffer_size": asked["buffer_size"]}
             if order is not None:
                 places = np.asarray(order_points(jnp.asarray(self.x), num_data, **by))
@@ -379,11 +380,11 @@ class _Half:
         self._recorded = recorded
 
     def screened(self, way: Candidate, fastest: float) -> Iterator[Candidate]:
-        """Yield a way at a third, two thirds and all of the redundancy that the budget allows.
+        """Yield a candidate at a third, two thirds and all of the redundancy in the budget.
 
-        Each waits for all but 1, 2, 4, ... and N - K answers, copies also for all, and until the
-        p99 of the time in which as many answer: that makes the p99 no later, and most others are in
-        by then. If none is faster than the `fastest`, the last is yielded, so that each is shown.
+        Each waits for all but 1, 2, 4, ... and N - K answers (copies also for all), and at least
+        until the p99 of that time: this does not delay the p99, and most other answers have arrived
+        by then. If none is faster than `fastest`, the last is yielded, to show each system.
         """
         asked, k = self._asked, way.num_data
         budget = int(k * (1 + asked["max_extra_work"]) + 1e-9)
@@ -398,8 +399,8 @@ class _Half:
                     yield self.measured(dataclasses.replace(row, min_wait=late - asked["overhead"]))
 
     def _drawn(self, row: Candidate) -> tuple[Float[np.ndarray, " draws"], Any, Any]:
-        """Return when the last of all groups ends, workers on data points, and what is lost."""
-        # A row of a spline's encoder is a data point's to rounding.
+        """Return the times of the last groups, exact workers, and the mask of lost queries."""
+        # Rows of a spline's encoder are one-hot only up to rounding.
         points = np.eye(row.num_data)[:, None]
         own = np.abs(encoder_of(row.code) - points).max(axis=-1) < 1e-5
         shape = DRAWS, self._asked["num_queries"] // row.num_data
@@ -414,9 +415,9 @@ class _Half:
         return end.max(axis=1) + self._asked["overhead"], own, there > end[..., None]
 
     def measured(self, row: Candidate) -> Candidate:
-        """Return a row with its times and its disagreement, on groups in its order."""
+        """Return a candidate with its times and its disagreement, on groups in its order."""
         times, own, lost = self._drawn(row)
-        if row.points is None:  # copies are exact, or lost
+        if row.points is None:  # replication: answers are exact, or lost
             return row.seen(times, lost if row.wait_for < row.num_workers else None)
         row = dataclasses.replace(row, held_out=self.sets > 4)
         if row.system == DOUBTED:

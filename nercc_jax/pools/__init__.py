@@ -30,7 +30,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Return what has moved to `nercc_jax.rows`, which stands on pools: imported when asked for."""
+    """Return a name that moved to `nercc_jax.rows`, imported lazily since `rows` imports pools."""
     if name in ("RowResult", "map_rows", "run_rows"):
         return getattr(importlib.import_module("nercc_jax.rows"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

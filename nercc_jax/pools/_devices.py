@@ -22,35 +22,35 @@ from .batch import reason_of
 from .times import Overdue
 from .worker import Device, Examples, Program, Worker, as_models, warm_up
 
-_LAST_CALL = 1.0  # seconds for which closing waits for calls under way
+_LAST_CALL = 1.0  # seconds for which closing waits for in-flight calls
 
 
 class DevicePool(AbstractPool):
-    """A pool of threads, distributed in turn over the devices of this process.
+    """A pool of threads, assigned to the devices of this process in round-robin order.
 
     Several workers may share a device, and then share its copy of the model. A device runs calls in
-    the order in which it gets them, so workers of one accelerator are slow together. A thread
-    cannot be killed: one that hangs is left behind, and another takes its place.
+    the order in which it gets them, so workers on one accelerator are slow together. A thread
+    cannot be killed: one that hangs is abandoned, and a new thread replaces it.
 
-    The pool starts its workers, and waits until all of them are ready.
+    The constructor starts the workers, and waits until all of them are ready.
 
     Args:
-        model: Any callable on a batch, (B, ...) to (B, ...), floats; or several, for a code whose
-            workers run further ones (`AbstractCode.worker_models`), the served one first.
-        num_workers: Workers.
+        model: Any callable on a batch of floats, (B, ...) to (B, ...); or several, the served one
+            first, for a code whose workers run further models (`AbstractCode.worker_models`).
+        num_workers: The number of workers.
         devices: The devices that they use (default: `jax.local_devices()`).
         example: A batch as a worker will get it, (B, ...), or several: every program is compiled
-            for them before the pool is ready. Without, the first batches wait for the compiler.
-        compiled: False for a model that is no JAX function.
-        worker_dtype: The dtype that workers compute in, "bfloat16" or another floating dtype of up
-            to 32 bits. Inputs are cast before they are sent, and the models' arrays once, as far as
-            `cast_model` reaches; answers come in float32. Data points that are run again are
-            answered in this dtype, too.
+            for them before the pool is ready. Without it, the first batches wait for compilation.
+        compiled: Whether to compile the model; False for one that is not a JAX function.
+        worker_dtype: The dtype in which workers compute, "bfloat16" or another floating dtype of up
+            to 32 bits. Inputs are cast before they are sent, and the models' arrays once, as
+            `cast_model` describes. Answers are float32. Data points that are run again are computed
+            in this dtype, too.
         faults: Faults to inject on purpose.
-        overdue: When a task counts as overdue.
-        max_attempts: Workers that are tried for a coded data point that fails.
+        overdue: The rule for when a task is overdue (default: `Overdue()`).
+        max_attempts: The most times that a coded data point is sent, if it fails.
         hang_timeout: Seconds after which a worker that has not answered is replaced.
-        start_timeout: Seconds until all workers must be ready.
+        start_timeout: Seconds within which all workers must be ready.
 
     Raises:
         ValueError: If a number is not positive, or a model cannot be cast.
@@ -90,7 +90,7 @@ class DevicePool(AbstractPool):
         programs = [Program(models, device, compiled) for device in devices[:num_workers]]
         warm_up(programs, len(models), example)
         faults = faults or Faults()
-        # Threads share a CPU's cores. Faults on purpose let two of them stand for many machines.
+        # Threads share a CPU's cores. With injected faults they simulate separate machines instead.
         cores = math.inf
         if compiled and platform == "cpu" and not faults.faults:
             here = hasattr(os, "sched_getaffinity")  # those that this process may use
@@ -107,18 +107,18 @@ class DevicePool(AbstractPool):
 
 
 class _Death(BaseException):
-    """Ends a thread as SIGKILL ends a process: nothing is answered."""
+    """An exception that ends a worker's thread without an answer, as SIGKILL ends a process."""
 
 
 class _ThreadBackend(WorkerBackend):
-    """One thread for each worker, with a queue of its own that holds one task at most.
+    """A backend with one thread for each worker, each with a queue of at most one task.
 
-    All threads share the cores, whose number is infinite where it is not known.
+    All threads share `cores` CPU cores; infinity means that they do not slow each other down.
     """
 
     def __init__(self, programs: Sequence[Program], faults: Faults, cores: float):
         self._programs, self._faults, self._cores = programs, faults, cores
-        # By worker: its life, its thread, its queue, and the event that it is to end.
+        # By worker: its life, its thread, its queue, and the event that tells it to end.
         self._lives: dict[int, tuple[int, threading.Thread, queue.SimpleQueue, Any]] = {}
 
     def start(self, worker: int, life: int, on_outcome: OnOutcome) -> None:
@@ -129,7 +129,7 @@ class _ThreadBackend(WorkerBackend):
             raise _Death
 
         def live() -> None:
-            """Answer batches as they come, until the worker is ended."""
+            """Answer batches until the worker is ended."""
             end = "its thread ended"
             try:
                 program = self._programs[worker % len(self._programs)]
@@ -139,15 +139,15 @@ class _ThreadBackend(WorkerBackend):
                     while (item := inbox.get()) is not None and not ended.is_set():
                         try:
                             outcome = run(*item)
-                        except Exception as error:  # that answer's trouble, whatever it is
+                        except Exception as error:  # it concerns this task only
                             outcome = error
                         on_outcome(worker, life, outcome)
-                        del outcome, item  # they may be large, and the next may not come soon
+                        del outcome, item  # free them: the next task may not come soon
             except _Death:
                 pass
-            except BaseException as error:  # a model may have exited
+            except BaseException as error:  # for example SystemExit from the model
                 end += f": {reason_of(error)}"
-            finally:  # ignored where the worker was ended
+            finally:  # the pool ignores it if the worker was ended
                 on_outcome(worker, life, WorkerDied(end))
 
         thread = threading.Thread(target=live, name=f"nercc-worker-{worker}", daemon=True)
@@ -156,7 +156,7 @@ class _ThreadBackend(WorkerBackend):
 
     def send(self, worker: int, life: int, kind: int, batch: PyTree) -> None:
         there, _, inbox, _ = self._lives[worker]
-        if there == life:  # otherwise it is over, as the scheduler knows
+        if there == life:  # otherwise that life is over, and the scheduler knows it
             inbox.put((kind, batch))
 
     def spare_capacity(self, busy: int) -> float:
@@ -170,7 +170,7 @@ class _ThreadBackend(WorkerBackend):
             thread.join(max(end - time.monotonic(), 0.0))
 
     def _end(self, worker: int) -> None:
-        """Let a worker's thread end when it next looks; it is not waited for."""
+        """Tell a worker's thread to end after its present call; do not wait for it."""
         if worker in self._lives:
             _, _, inbox, ended = self._lives[worker]
             ended.set()

@@ -1,7 +1,7 @@
-"""Fault injection: makes workers slow, wrong or dead on purpose, from a seed.
+"""Fault injection: makes workers slow, wrong or dead on purpose, reproducibly from a seed.
 
-A fault acts inside the worker, in its thread or process, so that every pool meets it as it would
-meet a real one: the worker is busy while it sleeps, and gone when it dies.
+A fault acts inside the worker's thread or process, so every pool experiences it like a real fault:
+the worker is busy while it sleeps, and gone when it dies.
 """
 
 import collections
@@ -20,9 +20,9 @@ from ..stragglers.draws import draws_alike
 
 FaultKind: TypeAlias = Literal["delay", "error", "nan", "hang", "death", "swap"]
 
-# How many latencies a worker draws at once; after so many calls they come again.
+# How many latencies a worker draws at once; after that many calls they repeat.
 _DRAWS = 4096
-# The latest scores of a worker's rows that say which scores are large, and the least number.
+# A worker's latest scores whose quantile decides which rows are hardest: most, and fewest, of them.
 _SCORES, _FEWEST = 1024, 20
 
 
@@ -32,26 +32,27 @@ class InjectedError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """One kind of fault, and which calls it strikes.
+    """One kind of fault, and the calls that it affects.
 
     Args:
         kind: "delay": the call takes longer by a draw of `latency`; "error": it raises
-            `InjectedError`; "nan": it answers with NaN in every place; "hang": it never answers;
-            "death": the worker's thread or process ends at once, a process by SIGKILL; "swap": its
-            answer looks right and is wrong, with the call's rows in another order, or for a single
-            row the previous call's last row.
-        probability: With which it strikes a call.
-        workers: Which workers it strikes (default: all).
-        calls: Which of a worker's calls, counted from 0 in each of its lives (default: all).
-        latency: The law of a "delay", in seconds, the same for all calls that it strikes; or a
-            function that maps a call's batch to its delay.
-        when: Only at times, in seconds since the epoch, of which this is true. Workers that share
-            such a fault are slow together, as a rack is.
-        score: Only calls with a row whose score is `least_score` or more. It maps a batch to one
-            score a row, and is called in the worker.
-        least_score: The least score that is struck.
-        hardest: Instead, the share of rows with the largest scores that are struck, by those that
-            the worker has seen: none of its first rows.
+            `InjectedError`; "nan": its answer is all NaN; "hang": it never answers; "death": the
+            worker's thread or process ends at once, a process by SIGKILL; "swap": its answer looks
+            right and is wrong, with the call's rows in another order, or, for a single row, the
+            last row of the previous answer.
+        probability: The probability with which it affects a call.
+        workers: The workers that it affects (default: all).
+        calls: The numbers of the calls that it affects, counted from 0 in each life of a worker
+            (default: all).
+        latency: The law of a "delay", in seconds, the same for all affected calls; or a function
+            that maps a call's batch to its delay.
+        when: Restricts the fault to times, in seconds since the epoch, for which this returns True.
+            Workers that share such a fault are slow together, like those of a rack.
+        score: Restricts the fault to calls with a row whose score is `least_score` or more. It maps
+            a batch to one score a row, and is called in the worker.
+        least_score: The least score that is affected.
+        hardest: Replaces `least_score`: the share of rows that are affected, those with the largest
+            scores among the worker's latest 1,024. None are before it has seen 20 rows.
 
     Raises:
         ValueError: If an argument does not fit.
@@ -94,7 +95,7 @@ class StruckCall(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Faults:
-    """All faults of a pool's workers. The same seed gives each call the same faults.
+    """All faults of a pool's workers. With the same seed, each call has the same faults.
 
     Example:
         >>> faults = Faults([Fault("error", probability=0.5)], seed=3)
@@ -119,22 +120,22 @@ class Faults:
         wrong_rate: float = 1.0,
         seed: int = 0,
     ) -> "Faults":
-        """Return faults by their rates: calls that take longer, straggle, or kill their worker.
+        """Return faults described by rates, such as a share of calls that straggle.
 
         Args:
-            service_delay: Seconds that every call takes longer.
-            straggler_rate: Share of calls that straggle.
-            straggler_delay: Seconds that a straggling call takes longer.
-            straggler_score: Maps a batch to one score a row. Then calls do not straggle at random,
-                but those with the largest scores.
-            death_rate: Share of calls in which the worker dies.
+            service_delay: Seconds by which every call takes longer.
+            straggler_rate: The share of calls that straggle.
+            straggler_delay: Seconds by which a straggling call takes longer.
+            straggler_score: Maps a batch to one score a row. If given, calls with the largest
+                scores straggle, instead of random ones.
+            death_rate: The share of calls in which the worker dies.
             wrong_workers: The workers that answer wrongly: with rows in another order ("swap").
-            wrong_rate: Share of these workers' calls that are answered wrongly.
-            seed: Of the random numbers.
+            wrong_rate: The share of these workers' calls that are answered wrongly.
+            seed: The seed of the random numbers.
 
         Raises:
-            ValueError: If a share is outside [0, 1], seconds are negative or not finite, or wrong
-                workers are no whole numbers.
+            ValueError: If a share is outside [0, 1], seconds are negative or not finite, or
+                `wrong_workers` are not integers.
         """
         faults = []
         if service_delay:
@@ -151,21 +152,21 @@ class Faults:
         return cls(faults, seed)
 
     def at(self, worker: int, life: int, time: Callable[[], float] = time.time) -> "WorkerFaults":
-        """Return the faults of one worker in one life (0: the first), by the clock `time`."""
+        """Return the faults of a worker in one life (0: the first), with the clock `time`."""
         return WorkerFaults(self, worker, life, time)
 
 
 class WorkerFaults:
-    """The faults of one worker's calls, one call after the other."""
+    """The faults of one worker's calls, in order."""
 
     def __init__(self, faults: Faults, worker: int, life: int, time: Callable[[], float]):
         self._random = np.random.default_rng([faults.seed, worker, life])
-        # For the order of swapped rows, so that these shift no other draws.
+        # A generator of its own for the order of swapped rows, which shifts no other draws.
         self.swap_random = np.random.default_rng([faults.seed, worker, life, 0xBAD])
         self._call, self._time = 0, time
         numbers = enumerate(faults.faults)
         self._mine = {n: f for n, f in numbers if f.workers is None or worker in f.workers}
-        # Of some faults: their delays, and the latest scores of rows.
+        # By fault: the delays, and the latest scores of rows.
         self._delays: dict[int, np.ndarray] = {}
         self._seen: dict[int, collections.deque[float]] = {}
         for number, fault in self._mine.items():
@@ -176,11 +177,11 @@ class WorkerFaults:
             self._seen[number] = collections.deque(maxlen=_SCORES)
 
     def strike(self, batch: PyTree | None = None) -> StruckCall:
-        """Return the faults of the next call; faults may strike rows of the batch by a score."""
+        """Return the faults of the next call; scores and some delays depend on its batch."""
         call, self._call = self._call, self._call + 1
         seconds, kinds = 0.0, set[FaultKind]()
         for number, fault in self._mine.items():
-            # Drawn first, and always: what else is set must not shift the later draws.
+            # Drawn first, and always, so that other settings do not shift later draws.
             drawn = self._random.random() < fault.probability
             if fault.score is not None:
                 if batch is None:

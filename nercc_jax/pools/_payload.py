@@ -1,9 +1,9 @@
-"""A value as it is sent to workers in other processes, with its arrays apart.
+"""Serialisation of values that are sent to workers in other processes, with arrays kept apart.
 
-Ray's object store is memory that all processes of a machine map: what is read from it is not
-copied, and on a CPU JAX uses it in place. So weights exist once on a machine, whatever holds them:
-modules, closures, bound methods. Code is imported from where a worker runs, which may be of another
-version: a worker that has other code is refused before it answers.
+Ray's object store is memory that all processes of a machine map: arrays read from it are not
+copied, and on a CPU JAX uses them in place. So weights exist once on a machine, whether modules,
+closures or bound methods hold them. A worker imports code from its own machine. That may have
+another version, so a worker whose code differs from the pool's is refused when it starts.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ from jax.typing import DTypeLike
 
 @dataclasses.dataclass(frozen=True)
 class EncodedInputs:
-    """A pickled value, with its arrays' bytes apart, which Ray does not copy.
+    """A pickled value, with the bytes of its arrays kept apart, so that Ray does not copy them.
 
-    `code` are the checksums of the modules that it is imported from.
+    `code` has the checksums of the modules from which workers import its classes and functions.
     """
 
     pickled: bytes
@@ -39,7 +39,7 @@ class EncodedInputs:
     def unpack(self) -> Any:
         """Return the value; JAX's arrays are on the default device, at this thread's precision.
 
-        Raises RuntimeError if its code is not that which was packed.
+        Raises RuntimeError if a module here differs from the one where the value was packed.
         """
         value = pickle.loads(self.pickled, buffers=self.arrays)
         here = code_versions(self.code)
@@ -54,7 +54,7 @@ class EncodedInputs:
 
 
 def code_versions(modules: Iterable[str]) -> dict[str, str]:
-    """Return a checksum of the source file of each module that is imported from one."""
+    """Return a checksum for each module that has a source file, by name."""
     found = {}
     for name in sorted(modules):
         path = Path(getattr(sys.modules.get(name), "__file__", None) or "")
@@ -64,9 +64,9 @@ def code_versions(modules: Iterable[str]) -> dict[str, str]:
 
 
 def pack(value: Any) -> EncodedInputs:
-    """Pickle a value, which may hold functions and classes of a script or a notebook.
+    """Pickle a value, which may contain functions and classes of a script or a notebook.
 
-    Raises ValueError if pickle cannot take it.
+    Raises ValueError if it cannot be pickled.
     """
     from ray.cloudpickle import cloudpickle  # Ray's own, which knows its actors and references
 
@@ -74,16 +74,16 @@ def pack(value: Any) -> EncodedInputs:
 
     class Pickler(cloudpickle.Pickler):
         def reducer_override(self, obj: Any) -> Any:
-            # An array that is only its numbers: no random key, no weakly typed scalar.
+            # Plain arrays only: no random keys, and no weakly typed scalars.
             plain = isinstance(obj, jax.Array) and obj.is_fully_addressable and not obj.weak_type
             if plain and not jnp.issubdtype(obj.dtype, jax.dtypes.extended):
                 host = np.ascontiguousarray(obj)
                 return _array, (host.reshape(-1).view(np.uint8), host.dtype, host.shape)
             reduced: Any = super().reducer_override(obj)
             if reduced is NotImplemented and isinstance(obj, type | types.FunctionType):
-                modules.add(str(obj.__module__))  # it is imported there
+                modules.add(str(obj.__module__))  # workers import it from this module
             if isinstance(obj, type) and issubclass(obj, eqx.Module) and isinstance(reduced, tuple):
-                # The arguments of a class without content, of which the fourth is its namespace.
+                # The arguments that create the class, empty at first: the fourth is its namespace.
                 reduced[1][3].update(_fields(obj))
             return reduced
 
@@ -98,20 +98,20 @@ def pack(value: Any) -> EncodedInputs:
 
 
 def _array(numbers: np.ndarray, dtype: DTypeLike, shape: tuple[int, ...]) -> jax.Array:
-    # Where that is a CPU's memory, the numbers stay where they are: `jnp.asarray` would copy them.
+    # On a CPU this uses the numbers in place: `jnp.asarray` would copy them.
     return jax.device_put(numbers.view(dtype).reshape(shape))
 
 
 def _fields(module: type[eqx.Module]) -> dict[str, Any]:
-    """Return the attributes by which Equinox knows a class for a pytree when it is made again.
+    """Return the attributes with which Equinox registers a class as a pytree when it is unpickled.
 
-    A class that cannot be imported reaches a worker without content, which follows: Equinox would
-    have registered a pytree without leaves by then.
+    A class that cannot be imported is created empty at a worker, and filled later. By then Equinox
+    would have registered it as a pytree without leaves.
     """
     annotated = inspect.get_annotations(module)
     own = [field for field in dataclasses.fields(module) if field.name in annotated]
     found: dict[str, Any] = {
-        # By keyword, so that those with a default may come first; it all is overwritten.
+        # Keyword-only, so that fields with a default may come first. It is overwritten later.
         field.name: eqx.field(static=field.metadata.get("static", False), kw_only=True)
         for field in own
     }

@@ -1,6 +1,6 @@
 """The interface of all pools: coded data points go out, answers and a mask come back.
 
-A `Runner` carries out on a backend what a `Schedule` decides.
+A `Schedule` makes the decisions, and a `Runner` carries them out on a backend.
 """
 
 import abc
@@ -23,17 +23,17 @@ from .times import Call, Overdue
 
 
 class AbstractPool(abc.ABC):
-    """Independent workers that run the same models; the first answers to come are decoded.
+    """Independent workers that run the same models; the first answers to arrive are decoded.
 
-    Any worker can run any coded data point, one at a time, so a pool may have more workers than a
-    code (spare ones), or fewer (each then runs several). The rules of which worker gets which task
-    are at the top of `_schedule.py`. A pool holds threads or processes: `close` it, or use it as a
-    context manager. Every method may be called from any thread.
+    Any worker can compute any coded data point, one at a time. So a pool may have more workers than
+    a code (spare ones), or fewer (each then computes several). The scheduling rules are at the top
+    of `_schedule.py`. A pool holds threads or processes: `close` it, or use it as a context
+    manager. Every method may be called from any thread.
 
-    A pool of other workers is a subclass whose constructor calls `_begin`.
+    To support another kind of worker, write a subclass whose constructor calls `_begin`.
 
     Attributes:
-        num_workers: The number of workers, dead ones that are being replaced included.
+        num_workers: The number of workers, including dead ones that are being replaced.
         clock: The clock of the pool, and of a server on it.
         worker_dtype: The dtype that coded data points are cast to before they are sent; None: no
             cast.
@@ -47,7 +47,7 @@ class AbstractPool(abc.ABC):
     _runner: Runner
     _schedule: Schedule
     _num_models: int
-    _head: Any = None  # of the cluster that the workers are part of (`ray_cluster.Head`)
+    _head: Any = None  # the head of the workers' Ray cluster (`ray_cluster.Head`)
 
     def _begin(
         self, backend: WorkerBackend, num_workers: int, num_models: int, **rules: Any
@@ -55,12 +55,12 @@ class AbstractPool(abc.ABC):
         """Start the workers, and wait until enough of them are ready.
 
         Args:
-            backend: The workers, which it ends if they do not start.
-            num_workers: Their number.
-            num_models: The number of models of each.
-            **rules: As for `DevicePool`: `overdue`, `max_attempts`, `hang_timeout`, and
-                `start_timeout`; how many workers are enough, `min_workers` (default: all); and the
-                `clock` that the pool lives by (default: the computer's).
+            backend: The backend, which is closed if too few workers start.
+            num_workers: The number of workers.
+            num_models: The number of models that each worker runs.
+            **rules: `overdue`, `max_attempts`, `hang_timeout` and `start_timeout`, as for
+                `DevicePool`; `min_workers`, how many workers are enough (default: all); and the
+                `clock` (default: the computer's).
 
         Raises:
             ValueError: If a number does not fit.
@@ -85,15 +85,16 @@ class AbstractPool(abc.ABC):
         needed: int | None = None,
         copies: int = 2,
     ) -> Batch:
-        """Send each coded data point, a batch for one worker's model, and return at once.
+        """Send each coded data point to one worker, as a batch for its model; return at once.
 
         Args:
             coded: Coded data points; a pytree's leaves share the first two axes.
-            kinds: Which of the pool's models each runs; 0 is the served one (default: all 0).
-            needed: Answers that are enough (default: all). Beyond that number nothing is sent to a
-                worker that could do something else.
-            copies: How many workers may have the same coded data point, if the first is overdue and
-                the batch lacks answers.
+            kinds: For each, the number of the model that runs it; 0 is the served model (default:
+                all 0).
+            needed: The number of answers that is enough (default: all). Further coded data points
+                are only sent if a worker is idle at once, or something is overdue.
+            copies: The most workers that may have the same coded data point. Copies are sent if it
+                is overdue and the batch lacks answers.
 
         Returns:
             A batch to wait for.
@@ -125,22 +126,22 @@ class AbstractPool(abc.ABC):
         overdue: Overdue | None = None,
         refuse: Refuse = refuse_odd,
     ) -> Batch:
-        """Open a batch whose coded data points are sent one after the other, by `send`.
+        """Open a batch whose coded data points are sent later, by one or more calls of `send`.
 
-        A client that waits for more answers than `needed` may have to wait for stragglers: the rest
-        is only sent if a worker is idle at once, or something is overdue.
+        A client that waits for more than `needed` answers may have to wait for stragglers, since
+        further coded data points are not always sent (see `dispatch`).
 
         Args:
-            num_points: Coded data points, in all.
+            num_points: The number of coded data points.
             needed: As in `dispatch`.
             copies: As in `dispatch`.
-            at_once: Workers that compute each coded data point from the start, if so many are idle.
-                When it is overdue, as many copies follow as the rule says (`Overdue.copies`).
+            at_once: Workers that compute each coded data point from the start, if that many are
+                idle. Once it is overdue, `Overdue.copies` more may get it.
             on_change: Called with the batch after each answer or failure, from one of the pool's
-                threads. It must be quick, and must not wait for the batch.
-            overdue: When this batch's coded data points are overdue (default: the pool's rule).
-            refuse: Returns why an answer cannot be used, in which case the worker has failed
-                (default: answers that are not finite floats).
+                threads. It must be fast, and must not wait for the batch.
+            overdue: The rule for when coded data points are overdue (default: the pool's rule).
+            refuse: Returns why an answer cannot be used, or None. An answer that cannot be used
+                counts as a failure (default: unless it consists of finite floats).
         """
         times = self._schedule.times.under(overdue)
         return Batch(self._runner, num_points, needed, copies, at_once, times, on_change, refuse)
@@ -157,9 +158,9 @@ class AbstractPool(abc.ABC):
         """Send some coded data points of an open batch.
 
         Args:
-            batch: From `open`.
-            points: Their places in the batch.
-            values: Inputs (batch, ...) for each.
+            batch: A batch from `open`.
+            points: The numbers of the coded data points, from 0 to `num_points` - 1.
+            values: The inputs (batch, ...) of each.
             kinds: As in `dispatch`.
             avoid: Workers that must not get them.
 
@@ -187,78 +188,78 @@ class AbstractPool(abc.ABC):
             state.add(batch, tasks, self.clock.now())
 
     def fence(self, workers: Iterable[int]) -> None:
-        """Send these workers nothing, until the next call."""
+        """Send these workers no tasks, and all others again, until the next call of `fence`."""
         with self._runner.event() as state:
             state.fence(frozenset(workers), self.clock.now())
 
     def report(self) -> PoolReport:
-        """Return counts of what the pool has seen so far, and the state of its workers."""
+        """Return counts of tasks and failures so far, and the state of the workers."""
         with self._runner.lock:
             errors = self._runner.errors + self._runner.watcher.errors
             return report_of(self._schedule, self.clock.now(), errors)
 
     def calls(self) -> list[Call]:
-        """Return the latest 4,096 calls that were answered, or given up as hanging.
+        """Return the latest 4,096 calls whose answers could be used, or that hung.
 
-        Each is of `size` data points, was sent at `sent` by the pool's clock, in seconds, to
-        `worker`, and took `seconds`; if the worker hung, as long as it was given.
+        Each had `size` data points, was sent to `worker` at time `sent` of the pool's clock, and
+        took `seconds`: if the worker hung, until it was given up.
         """
         with self._runner.lock:
             return list(self._schedule.calls)
 
     @property
     def trouble(self) -> str | None:
-        """Why no answer will come any more; None where the pool works.
+        """The reason why the pool gives no more answers; None while it works.
 
-        The pool is closed, or one of its own threads failed. All that was open has then failed, and
-        what is sent is refused. Workers that die, hang or do not start are replaced instead.
+        It is closed, or one of its own threads failed. Open tasks have then failed, and `send`
+        raises. Workers that die, hang or do not start are no such trouble: they are replaced.
         """
         return self._runner.trouble
 
     @property
     def alarm(self) -> str | None:
-        """The fault that will end the pool unless it is repaired; None where all is well."""
+        """The fault that will end the pool unless it is repaired; None without one."""
         return None if self._head is None else self._head.alarm
 
     @property
     def ends_at(self) -> float:
-        """The monotonic time at which `alarm` ends this process; infinite where it does not."""
+        """The monotonic time at which Ray ends this process after an `alarm`; infinite if never."""
         return math.inf if self._head is None else self._head.ends_at
 
     @property
     def ending(self) -> str | None:
-        """Why a run must end now: something else ends its process within ten seconds; else None."""
+        """The reason to end a run now: Ray ends this process within ten seconds; else None."""
         soon = self.ends_at - time.monotonic() < 10.0
         return "stopped before Ray ends this process, whose head is gone" if soon else None
 
     @property
     def heartbeat(self) -> float:
-        """The monotonic time at which the pool last looked after its workers: once a second."""
+        """The time, by `clock`, of the pool's last check of its workers; at least once a second."""
         return self._runner.watcher.heartbeat
 
     @property
     def idle(self) -> int:
-        """The number of workers without a task, at this moment."""
+        """The number of workers without a task that may get one, at this moment."""
         return self._schedule.idle
 
     @property
     def spare(self) -> float:
         """The number of idle workers that could run without slowing down busy ones.
 
-        Threads share their host's cores; overdue tasks are not counted as work. Infinite where
-        workers share nothing: then waiting tasks slow down no other, either.
+        Threads share their host's cores; overdue tasks do not count as busy. Infinite, even if no
+        worker is idle, where workers do not slow each other down.
         """
         return self._schedule.spare
 
     def on_idle(self, callback: Callable[[], Any]) -> None:
-        """Have `callback()` called whenever a worker is left without a task: one listener a pool.
+        """Call `callback()` whenever a worker is left without a task; it replaces an earlier one.
 
-        It is called from one of the pool's threads, as `on_change` is, and must be as quick.
+        It is called from one of the pool's threads, as `on_change` is, and must be as fast.
         """
         self._runner.on_idle = callback
 
     def close(self) -> None:
-        """End the workers. Whoever still waits gets the answers that are in."""
+        """End the workers. Waits that are in progress return the answers that have arrived."""
         self._runner.close()
 
     def __enter__(self):

@@ -32,31 +32,31 @@ _LOG = logging.getLogger(__name__)
 
 
 class RayPool(AbstractPool):
-    """A pool of Ray actors: processes of their own, each with JAX and the models loaded.
+    """A pool of Ray actors: separate processes, each with JAX and the models loaded.
 
-    Nothing is shared between them, so neither a slow one nor a dead one holds up another. A death
-    is noticed at once, whether the worker has a task or not, and a new actor takes the place. Ray
-    spreads workers over the nodes as they start. Weights and large data points exist once on a
-    node, however many workers use them.
+    Workers share nothing, so a slow or dead one does not delay others. A death is noticed at once,
+    whether the worker has a task or not, and a new actor replaces the worker. Ray spreads workers
+    over the nodes as they start. Weights and large data points exist once on a node, however many
+    workers use them.
 
-    The pool uses the Ray that this process is connected to. Otherwise it joins the one at
+    The pool uses the Ray that this process is connected to. Otherwise it connects to the Ray at
     `address`, at RAY_ADDRESS, or on this machine, and starts one here if there is none. The process
-    stays part of it to its end, or to `ray.shutdown()`. The models are sent to the actors by
-    pickle, with classes and functions of a script or a notebook.
+    stays connected until it ends, or until `ray.shutdown()`. Models are sent to the actors by
+    pickle, including classes and functions of a script or a notebook.
 
     Further arguments are as for `DevicePool`, and so are the `rules`: `overdue`, `max_attempts` and
     `hang_timeout`.
 
     Args:
-        address: Of Ray's head: "HOST:6379", "ray://HOST:10001" from outside of the cluster, "auto"
-            for the Ray that runs on this machine, "local" for a new one.
-        runtime_env: Ray's, for all workers: `{"working_dir": FOLDER}` sends a folder along.
+        address: The address of Ray's head: "HOST:6379"; "ray://HOST:10001" from outside of the
+            cluster; "auto" for the Ray that runs on this machine; or "local" for a new one.
+        runtime_env: Ray's runtime environment for all workers; `{"working_dir": FOLDER}` sends a
+            folder to them.
         actor_options: Ray's `num_cpus`, `num_gpus`, `resources` and so on. By default a worker
-            counts for half a CPU or less and, where the cluster has GPUs, for one or an equal part,
-            of whose memory it takes that part. A `scheduling_strategy` places the workers (default:
-            "SPREAD").
-        min_workers: Workers to wait for (default: all); the others come in while the pool runs.
-        start_timeout: Seconds until `min_workers` must be ready.
+            reserves at most half a CPU and, if the cluster has GPUs, one GPU or an equal part of
+            one and of its memory. `scheduling_strategy` places the workers (default: "SPREAD").
+        min_workers: Workers to wait for (default: all); the others join while the pool runs.
+        start_timeout: Seconds within which `min_workers` must be ready.
 
     Raises:
         ImportError: Without Ray.
@@ -113,7 +113,7 @@ class RayPool(AbstractPool):
         _LOG.info("workers on %d node(s): %s", len(held), ", ".join(map(str, held)))
 
     def nodes(self) -> list[str | None]:
-        """Return the node of each worker, by Ray's id; None while it is replaced."""
+        """Return the Ray node id of each worker; None while it starts or is replaced."""
         places = map(self._backend.places.get, range(self.num_workers))
         return [place and place.node for place in places]
 
@@ -121,12 +121,12 @@ class RayPool(AbstractPool):
 def worker_options(options: Mapping[str, Any], num_workers: int) -> dict[str, Any]:
     """Return an actor's options, with defaults for CPUs and GPUs.
 
-    Where the cluster has GPUs, each worker gets one, or an equal part of one and of its memory.
+    If the cluster has GPUs, each worker gets one, or an equal part of one and of its memory.
     """
     ray = ray_module()
     found = dict(options)
     if "num_cpus" not in found:
-        # No more than four fifths of the free ones together, so that others find room.
+        # At most four fifths of the free CPUs in total, so that other work finds some.
         free = 0.8 * ray.available_resources().get("CPU", 0.0) / num_workers
         found["num_cpus"] = min(0.5, math.floor(100 * free) / 100)
     gpus = ray.cluster_resources().get("GPU", 0.0)
@@ -135,7 +135,7 @@ def worker_options(options: Mapping[str, Any], num_workers: int) -> dict[str, An
         found["num_gpus"] = math.floor(1e4 / sharing) / 1e4 if sharing > 1 else 1
     if 0 < found.get("num_gpus", 0) < 1:
         environment = dict(found.get("runtime_env") or {})
-        # Its workers take nine tenths of a GPU's memory: the rest is XLA's and the driver's.
+        # A GPU's workers get nine tenths of its memory; XLA and the driver need the rest.
         share = f"{0.9 * found['num_gpus']:.3f}"
         variables = {"XLA_PYTHON_CLIENT_MEM_FRACTION": share}
         environment["env_vars"] = variables | dict(environment.get("env_vars") or {})
@@ -143,19 +143,19 @@ def worker_options(options: Mapping[str, Any], num_workers: int) -> dict[str, An
     return found
 
 
-# What runs in the process of an actor.
+# The code that runs in an actor's process.
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """The place of a worker: JAX's platform there, and Ray's node."""
+    """The platform of a worker's JAX, and the id of its Ray node."""
 
     platform: str
     node: str
 
 
 class Actor:
-    """A worker in a process of Ray, ready once it has loaded."""
+    """A worker in a Ray process, which is ready when `load` has returned."""
 
     def load(
         self, load: EncodedInputs, precision: tuple[Any, Any], worker: int, life: int
@@ -174,7 +174,7 @@ class Actor:
         faults = faults.at(worker, life)
         self._worker = Worker(self._program, faults, lambda: os.kill(os.getpid(), signal.SIGKILL))
         gc.collect()
-        gc.freeze()  # a full collection would stop all threads, and look at all that was compiled
+        gc.freeze()  # otherwise a full collection stops all threads and visits all compiled code
         node = ray.get_runtime_context().get_node_id()
         return Placement(jax.default_backend(), node)
 
@@ -183,7 +183,7 @@ class Actor:
             return self._worker(kind, batch)
 
     def wait_for_death(self) -> None:
-        """Never return, so that the caller notices when this process is gone."""
+        """Block for ever, so that the call fails when this process dies."""
         threading.Event().wait()
 
 
@@ -197,15 +197,15 @@ def cannot_import(reason: str, where: str) -> str:
 
 
 class ActorBackend(WorkerBackend):
-    """One actor for each life of a worker. Ray reports answers and deaths by futures' callbacks.
+    """A backend with one actor for each life of a worker; Ray reports outcomes through futures.
 
-    Those come from Ray's own threads, in which a call that makes or ends an actor would wait for
-    itself: a thread of ours does that. Ray restarts no actor (`max_restarts`): it would report a
-    death after 1.5 s instead of 0.01 (measured), and what hangs or cannot load is the scheduler's
-    to start again in every pool.
+    Futures' callbacks run in Ray's threads, where creating or killing an actor would deadlock, so a
+    thread of this class does that. Ray must not restart actors (`max_restarts=0`): it would report
+    a death after 1.5 s instead of 0.01 (measured), and the scheduler has to replace workers that
+    hang or cannot load anyway.
 
     Attributes:
-        places: The places of workers that are ready.
+        places: The placements of the workers that are ready, by worker.
     """
 
     def __init__(
@@ -215,13 +215,13 @@ class ActorBackend(WorkerBackend):
         options: Mapping[str, Any],
         head: Head,
     ):
-        """Prepare actors.
+        """Prepare the creation of actors.
 
         Args:
-            load: Models, example, whether they are compiled, and faults.
-            precision: JAX's `jax_enable_x64` and `jax_default_matmul_precision` there.
-            options: Ray's, of each actor.
-            head: The cluster's head, without which actors are neither made nor ended.
+            load: The packed models, example batches, whether to compile the models, and faults.
+            precision: The workers' `jax_enable_x64` and `jax_default_matmul_precision`.
+            options: Ray's options for each actor.
+            head: The cluster's head, without which actors can be neither created nor killed.
         """
         ray = ray_module()
         self._load, self._precision, self._head = ray.put(load), precision, head
@@ -229,11 +229,11 @@ class ActorBackend(WorkerBackend):
         named |= {"memory": options.get("memory"), **(options.get("resources") or {})}
         self._demand = {name: float(amount) for name, amount in named.items() if amount}
         options = {"scheduling_strategy": "SPREAD", **options}
-        # Two threads: one works; the other only waits, which shows that the process is alive.
+        # Two threads: one for tasks, and one for `wait_for_death`.
         self._make: Any = ray.remote(max_concurrency=2, max_restarts=0, **options)(Actor)
         self._actors: dict[int, tuple[int, Any, OnOutcome]] = {}  # with their lives, by worker
         self.places: dict[int, Placement] = {}
-        self._pending: set[Any] = set()  # futures of Ray's
+        self._pending: set[Any] = set()  # Ray's futures that are not done
         self._starts = concurrent.futures.ThreadPoolExecutor(1, "nercc-ray")
 
     def start(self, worker: int, life: int, on_outcome: OnOutcome) -> None:
@@ -248,7 +248,7 @@ class ActorBackend(WorkerBackend):
                     self.places[worker] = future.result()
                 self._when_done(actor.wait_for_death.remote(), died)
                 return on_outcome(worker, life, None)
-            # Ray puts the reason at the end of a page.
+            # In Ray's long message the reason is the last line.
             reason, cause = str(error).strip().splitlines()[-1], getattr(error, "cause", None)
             if isinstance(cause, Exception):
                 reason = str(cause)
@@ -271,7 +271,7 @@ class ActorBackend(WorkerBackend):
             on_outcome(worker, life, error)
 
     def prepare(self, batch: PyTree) -> Any:
-        # Ray puts a larger argument into its store, again for each call; so it goes there once.
+        # Ray stores an argument over 100 kB again for each call; this stores it only once.
         if sum(leaf.nbytes for leaf in arrays_of(batch)) > 100_000:
             return functools.cache(lambda: ray_module().put(batch))
         return lambda: batch
@@ -279,7 +279,7 @@ class ActorBackend(WorkerBackend):
     def send(self, worker: int, life: int, kind: int, batch: Any) -> None:
         there, actor, on_outcome = self._actors[worker]
         if there != life:
-            return  # it died meanwhile, as the scheduler knows: the task is another's
+            return  # the worker died meanwhile, and the scheduler has moved the task
         answer = actor.run.remote(kind, batch())
         self._when_done(answer, lambda future: on_outcome(worker, life, _result(future)))
 
@@ -306,16 +306,16 @@ class ActorBackend(WorkerBackend):
     def close(self) -> None:
         gone = self._head.alarm is not None
         self._starts.shutdown(wait=not gone, cancel_futures=True)
-        if not gone:  # otherwise Ray's nodes end them, as they end those of a dead driver
+        if not gone:  # otherwise Ray's nodes end the actors, as they do when a driver dies
             for _, actor, _ in self._actors.values():
                 ray_module().kill(actor)
-            # What was with them fails in a moment. Ray ends a process that hears of it after
+            # Wait until their calls have failed: Ray ends a process that learns of this only after
             # `ray.shutdown`.
             concurrent.futures.wait(tuple(self._pending), timeout=5.0)
 
 
 def _result(future: Any) -> Any:
-    """Return the answer, or in its place the exception as the scheduler knows it."""
+    """Return a future's answer or exception, in the form that `on_outcome` takes."""
     from ray.exceptions import RayActorError, RayTaskError
 
     try:

@@ -1,4 +1,4 @@
-"""What a `Schedule` decides, carried out on a backend, with a lock, a clock and a thread."""
+"""The runner of a pool: carries out a `Schedule`'s instructions on a backend, with one lock."""
 
 import contextlib
 import logging
@@ -21,15 +21,15 @@ CLOSED = "this pool is closed"
 
 
 class Runner:
-    """The workers of a pool as they run, from the start until they are closed.
+    """The running workers of a pool, from their start until they are closed.
 
     Attributes:
-        schedule: The state.
-        lock: Held for each change of it.
-        trouble: Why no answer will come any more; None where the pool works.
-        errors: The number of steps that raised and are not the pool's own.
+        schedule: The scheduler's state.
+        lock: The lock that is held while `schedule` changes.
+        trouble: Why the pool gives no more answers; None while it works.
+        errors: The number of exceptions in steps of backends, callbacks and outcome handlers.
         on_idle: Called whenever a worker is left without a task.
-        watcher: The thread that looks after the workers.
+        watcher: The thread that handles overdue tasks, hanging workers and due starts.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Runner:
             )
         self.clock, self.backend = clock, backend
         self.lock = threading.RLock()
-        self._changed = threading.Condition(self.lock)  # notified of workers that start or do not
+        self._changed = threading.Condition(self.lock)  # notified after each event
         self.trouble: str | None = None
         self.errors = 0
         self.on_idle: Callable[[], Any] | None = None
@@ -74,11 +74,11 @@ class Runner:
         if (reason := self._wait_for_workers(least)) is not None:
             self.close()
             raise RuntimeError(reason)
-        with self.lock:  # sorted, so that a seed means the same in each run
+        with self.lock:  # sorted, so that runs with the same seed use workers in the same order
             state.available = dict.fromkeys(sorted(state.available))
 
     def _wait_for_workers(self, least: int) -> str | None:
-        """Wait until enough workers are ready; return why they are not, if they cannot be."""
+        """Wait until enough workers are ready; return None, or why that failed."""
         state, begin = self.schedule, self.clock.now()
         end, warn_at = begin + state.start_timeout, begin + 10.0
         while True:
@@ -94,7 +94,7 @@ class Runner:
                 if now < min(warn_at, end):
                     self.clock.wait(self._changed, min(warn_at, end) - now)
                     continue
-            missing = self.backend.missing()  # without the lock: it takes its time
+            missing = self.backend.missing()  # without the lock, since it may block
             if now >= end:
                 late = f"the others had not after {state.start_timeout} s"
                 return f"{started}; {missing or state.start_trouble or late}"
@@ -103,7 +103,7 @@ class Runner:
                 _LOG.warning("%d of %d workers are ready: %s", ready, len(state.slots), missing)
 
     def close(self) -> None:
-        """End the workers. Whoever still waits gets the answers that are in."""
+        """End the workers. Waits that are in progress return the answers that have arrived."""
         with self.lock:
             if self.trouble == CLOSED:
                 return
@@ -115,9 +115,9 @@ class Runner:
 
     @contextlib.contextmanager
     def event(self) -> Iterator[Schedule]:
-        """Hold the lock for a change of the state; then carry out what follows, without it.
+        """Hold the lock for a change of the state; afterwards carry out the instructions unlocked.
 
-        Lives begin under the lock, so that none begins once the pool is closed.
+        Only starts of lives are carried out under the lock, so that none follows `close`.
         """
         with self.lock:
             state = self.schedule
@@ -144,7 +144,7 @@ class Runner:
                 self._notify(each)
 
     def _on_outcome(self, worker: int, life: int, outcome: Any) -> None:
-        """Handle that a worker is ready, has answered, failed or died."""
+        """Handle a report of the backend: a worker is ready, has answered, failed or died."""
 
         def handle() -> None:
             nonlocal free
@@ -155,7 +155,7 @@ class Runner:
 
         free, what = False, f"handling an outcome of worker {worker}"
         error = self._run(what, handle)
-        if error is not None:  # the records may be wrong, which nothing else would notice
+        if error is not None:  # the state may be inconsistent, which nothing else would notice
             self._break(f"{what} failed: {reason_of(error)}")
         elif free and self.on_idle is not None:
             self._run("on_idle", self.on_idle)
@@ -164,12 +164,12 @@ class Runner:
         with self.event() as state:
             if self.trouble is not None:
                 return math.inf
-            state.due = -math.inf  # until it has looked, the watcher need not be woken
+            state.due = -math.inf  # the watcher need not be woken during its own turn
             state.tick(self.clock.now())
             return state.due
 
     def _break(self, reason: str) -> None:
-        """Fail all that is open at once: nothing more can be answered."""
+        """Mark the pool as broken, and fail all open tasks at once."""
         with self.lock:
             if self.trouble is not None:
                 return
@@ -187,7 +187,7 @@ class Runner:
             self._run(f"on_change of a batch of {batch.num_points}", on_change, batch)
 
     def _run(self, what: str, step: Callable[..., Any], *arguments: Any) -> Exception | None:
-        """Run a step that may fail; log and count the exception that it raised, and return it."""
+        """Run a step that may raise; log, count and return its exception, or return None."""
         try:
             step(*arguments)
         except Exception as error:

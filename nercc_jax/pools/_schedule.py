@@ -1,24 +1,24 @@
-"""The scheduler of a pool: which worker has which task, what waits, and what happens on failures.
+"""The scheduler of a pool: which worker has which task, which tasks wait, and how failures end.
 
-All pools share it; only how a worker is started, reached and ended differs (`WorkerBackend`). It is
-pure: `AbstractPool` has the lock, the clock and the threads.
+All pools share it; only how workers are started, called and ended differs (`WorkerBackend`). It has
+no lock, clock or thread: these are the `Runner`'s.
 
 The rules:
 
-- A worker has one task at a time. One that straggles is busy, so it gets no new work.
-- An answer belongs to its task, and the task to its batch: a late one cannot be taken for another.
-- A task whose worker failed or died goes to another worker, `max_attempts` times in all. After two
-  answers that cannot be used it is given up: that is the model's doing, no accident of a worker.
-- A task that finds no idle worker waits. It is sent as long as its batch may otherwise not get the
-  number of answers it needs; coded data points beyond that number are not worth a worker that the
-  next batch could use.
-- A task is *overdue* when it has taken longer than the running service times of batches of its size
-  allow (`Overdue`). It then no longer counts among the answers that its batch may expect: what
-  waits is sent in its place, or copies of the task itself if its batch allows them. That is
-  hedging, and it keeps a batch from waiting for a straggler while other workers are idle.
-- An exception in a step that is not the scheduler's own (a backend's, a callback's) is logged and
-  counted, and a start is tried again. If the scheduler's own steps fail, the pool is broken: all
-  that is open fails at once, and the pool says so.
+- A worker has one task at a time. A straggling worker is busy, so it gets no new task.
+- An answer belongs to its task, and the task to its batch, so late answers are never mixed up.
+- A task whose worker failed or died is sent to another worker, at most `max_attempts` times in all.
+  After two answers that cannot be used it is given up: the cause is the model, not the workers.
+- A task that finds no idle worker waits. It is sent later only if its batch could otherwise not get
+  the number of answers that it needs: further answers are not worth a worker that the next batch
+  could use.
+- A task is *overdue* when it has taken longer than recent service times of batches of its size
+  allow (`Overdue`). Its batch then no longer counts on its answer: a waiting task is sent instead,
+  or copies of the overdue task, if the batch allows copies. This is hedging, and it keeps a batch
+  from waiting for a straggler while other workers are idle.
+- An exception in a backend's step or in a callback is logged and counted; a failed start is tried
+  again. If one of the scheduler's own steps raises, the pool is broken: all open tasks fail at
+  once, and the pool's `trouble` says why.
 """
 
 import collections
@@ -35,21 +35,21 @@ from .times import AnswerTimes, Call, Overdue
 
 @dataclasses.dataclass
 class Slot:
-    """A worker's record at the scheduler, through all its lives."""
+    """The scheduler's record of a worker, through all its lives."""
 
     life: int = 0
-    begun: bool = False  # this life has begun, and is not over
+    begun: bool = False  # whether this life has begun, and is not over
     ready: bool = False
     task: Task | None = None
-    since: float = 0.0  # when it was given its task
+    since: float = 0.0  # when it got its task
     overdue: bool = False
     fenced: bool = False
     deaths: int = 0
-    failed_starts: int = 0  # lives that ended before it was ready, one after the other
-    start_at: float = math.inf  # when the next life begins, should this one not be ready by then
+    failed_starts: int = 0  # lives in a row that ended before it was ready
+    start_at: float = math.inf  # when it must be ready; or, before its life, when that begins
 
     def due(self, hang_timeout: float) -> float:
-        """Return when the worker must be looked at, if nothing happens until then."""
+        """Return the time at which `tick` must handle this worker, if nothing happens earlier."""
         if self.task is None:
             return self.start_at
         limit = hang_timeout if self.overdue else min(self.task.limit, hang_timeout)
@@ -73,18 +73,18 @@ class SendTask(NamedTuple):
 
 
 class Schedule:
-    """The state of a pool: events and their times go in, instructions come out in `todo`.
+    """The state of a pool: methods take events and times, and append instructions to `todo`.
 
-    It has no thread, lock or clock. An instruction is a `StartLife`, a `SendTask`, or a `Batch` of
-    which something has changed. `capacity(busy)` is `WorkerBackend.spare_capacity`.
+    An instruction is a `StartLife`, a `SendTask`, or a `Batch` whose `on_change` must be called.
+    `capacity(busy)` is `WorkerBackend.spare_capacity`.
 
     Attributes:
-        slots: The workers.
+        slots: The records of the workers.
         batches: The open batches, in order of arrival.
-        available: The workers without a task. The one that has been idle for longest comes first,
-            so that a slow one gets no more than its share. Each is there once.
-        due: When `tick` must be called, if nothing happens until then.
-        earlier: Whether that is earlier than was known when it was last called.
+        available: The ready workers without a task, the longest idle one first, so that a slow
+            worker gets no more than its share.
+        due: When `tick` must be called, if no event comes earlier.
+        earlier: Whether `due` is earlier than the watcher knows, so that it must be woken.
     """
 
     def __init__(
@@ -98,28 +98,28 @@ class Schedule:
     ):
         self.slots = [Slot() for _ in range(num_workers)]
         self.batches: dict[Batch, None] = {}
-        self._sending: dict[Batch, None] = {}  # those of them that may have more to send
+        self._sending: dict[Batch, None] = {}  # the open batches that may have more to send
         self.available: dict[int, None] = {}
         self.todo: list[StartLife | SendTask | Batch] = []
         self.due, self.earlier = -math.inf, False
         self.counts: collections.Counter[str] = collections.Counter()
         self.seconds = self.wasted = 0.0
         self.calls: collections.deque[Call] = collections.deque(maxlen=4096)
-        self.start_trouble: str | None = None  # of the last worker that could not start
+        self.start_trouble: str | None = None  # why the last failed start failed
         self._capacity, self._max_attempts = capacity, max_attempts
         self.hang_timeout, self.start_timeout = hang_timeout, start_timeout
         self.times = AnswerTimes(overdue)
 
     @property
     def idle(self) -> int:
-        """The number of workers without a task that may get any."""
+        """The number of workers without a task that are not fenced."""
         return sum(not self.slots[worker].fenced for worker in tuple(self.available))
 
     @property
     def spare(self) -> float:
-        """The number of idle workers that could run and slow down no worker that is on time.
+        """The number of idle workers that could run without slowing down workers on time.
 
-        Infinite where workers do not slow each other down at all.
+        Infinite if workers do not slow each other down at all.
         """
         busy = [slot for slot in self.slots if slot.task and not slot.overdue]
         room = self._capacity(len(busy))
@@ -128,7 +128,7 @@ class Schedule:
     # Events.
 
     def add(self, batch: Batch, tasks: Sequence[Task], now: float) -> None:
-        """Take tasks of a batch: redundancy is sent while that is cheap, other tasks wait."""
+        """Add tasks to a batch: send as many as there are idle workers; the others wait."""
         batch.add(tasks)
         self.batches[batch] = self._sending[batch] = None
         while batch.waiting and (worker := self._worker_for(batch.waiting[0])) is not None:
@@ -137,13 +137,13 @@ class Schedule:
             self._assign_waiting(now)
 
     def forget(self, batch: Batch) -> None:
-        """Remove a batch, if it is there, and all that it has not sent."""
+        """Remove a batch and its unsent tasks; do nothing if it is not there."""
         batch.waiting.clear()
         self.batches.pop(batch, None)
         self._sending.pop(batch, None)
 
     def give_up(self, batch: Batch, reason: str) -> None:
-        """Fail all that is open of a batch, so that no wait for it goes on."""
+        """Fail all open tasks of a batch, so that waits for it end."""
         for task in batch.tasks.values():
             if not task.settled:
                 batch.failures.append(Failure(-1, task.point, reason))
@@ -151,19 +151,19 @@ class Schedule:
         self.forget(batch)
 
     def fence(self, workers: frozenset[int], now: float) -> None:
-        """Give these workers nothing, and all others everything."""
+        """Fence exactly these workers: they get no tasks."""
         for worker, slot in enumerate(self.slots):
             slot.fenced = worker in workers
         self._assign_waiting(now)
 
     def start(self, worker: int, now: float) -> None:
-        """Begin a worker's next life, which is over unless it is ready in time."""
+        """Begin a worker's next life, which must be ready within `start_timeout`."""
         slot = self.slots[worker]
         slot.begun, slot.start_at = True, now + self.start_timeout
         self.todo.append(StartLife(worker, slot.life))
 
     def handle(self, worker: int, outcome: Any, now: float) -> None:
-        """Take that a worker is ready (None), has answered, failed or died (`WorkerDied`)."""
+        """Handle a worker's outcome: ready (None), an answer, an exception, or `WorkerDied`."""
         slot = self.slots[worker]
         if slot.task is not None:
             self.todo.append(slot.task.batch)
@@ -193,7 +193,7 @@ class Schedule:
         self._assign_waiting(now)
 
     def tick(self, now: float) -> None:
-        """Handle what is due: overdue tasks, workers that hang, starts."""
+        """Handle what is due at `now`: overdue tasks, hanging workers, late and delayed starts."""
         for worker, slot in enumerate(self.slots):
             if slot.due(self.hang_timeout) > now:
                 continue
@@ -203,7 +203,7 @@ class Schedule:
                 self._handle_death(worker, late, now)
             elif task is None:
                 self.start(worker, now)
-            elif slot.since + self.hang_timeout <= now:  # as `Slot.due`, to the last digit
+            elif slot.since + self.hang_timeout <= now:  # rounded exactly as in `Slot.due`
                 self.calls.append(Call(slot.since, now - slot.since, task.size, worker))
                 self.counts["hung"] += 1
                 self.todo.append(task.batch)
@@ -215,19 +215,19 @@ class Schedule:
         self._assign_waiting(now)
         self.due, self.earlier = min(slot.due(self.hang_timeout) for slot in self.slots), False
 
-    # Who gets what.
+    # Assignment of tasks to workers.
 
     def _assign_waiting(self, now: float) -> None:
-        """Assign to idle workers what batches cannot do without, oldest batches first."""
+        """Assign to idle workers the tasks that batches still need, oldest batches first."""
         for batch in tuple(self._sending) if self.available else ():
-            if batch.over or not batch.needed:  # a server keeps hundreds, for late answers
+            if batch.over or not batch.needed:  # a server keeps hundreds of them for late answers
                 del self._sending[batch]
                 continue
             while self.available and batch.missing > 0 and (found := self._next(batch)) is not None:
                 self._assign(*found, now)
 
     def _next(self, batch: Batch) -> tuple[Task, int] | None:
-        """Return a task that waits, or a copy of one that is overdue, and a worker for it."""
+        """Return a waiting task, else an overdue one to copy, and an idle worker for it."""
         for number, task in enumerate(batch.waiting):
             if (worker := self._worker_for(task)) is not None:
                 return batch.waiting.pop(number), worker
@@ -245,7 +245,7 @@ class Schedule:
         return min(late, key=lambda pair: (pair[0].running, pair[0].given))
 
     def _worker_for(self, task: Task) -> int | None:
-        """Return an idle worker at which the task has not failed; any, if it failed at all."""
+        """Return an idle worker where the task has not failed; any, if it failed at all workers."""
         slots, barred = self.slots, task.avoid
         if task.failed and len(task.failed) < sum(not slot.fenced for slot in slots):
             barred = barred | task.failed
@@ -264,10 +264,10 @@ class Schedule:
         self._look_by(slot.due(self.hang_timeout))
         self.todo.append(SendTask(worker, slot.life, task.kind, task.value))
 
-    # What became of it.
+    # The end of a task at a worker.
 
     def _handle_death(self, worker: int, error: Exception, now: float) -> None:
-        """Give a dead worker's task to another, and begin the worker's next life."""
+        """Send a dead worker's task to another worker, and begin or schedule its next life."""
         slot = self.slots[worker]
         reason = str(error) if isinstance(error, WorkerDied) else reason_of(error)
         if not slot.ready:
@@ -295,7 +295,7 @@ class Schedule:
         task.failed.add(failure.worker)
         task.refusals += failure.refused
         if task.running:
-            return  # a copy of it is still on its way
+            return  # a copy of it is still in flight
         if task.attempts < self._max_attempts and task.refusals < 2:
             task.batch.waiting.insert(0, task)
         else:

@@ -1,4 +1,4 @@
-"""One batch of coded data points at a pool: its tasks, its answers, and waiting for more."""
+"""One batch of coded data points at a pool: its tasks, its answers, and how to wait for them."""
 
 import dataclasses
 import math
@@ -14,16 +14,16 @@ from jaxtyping import Bool, Float, PyTree
 
 from .times import AnswerTimes
 
-# When to stop waiting: at this many answers, or once a function of their mask says so.
+# When to stop waiting: at this many answers, or once a function of their mask returns True.
 Enough: TypeAlias = int | np.integer | Callable[[np.ndarray], bool]
 
-# Returns why an answer cannot be used; None where it can.
+# Returns why an answer cannot be used; None if it can.
 Refuse: TypeAlias = Callable[[PyTree[np.ndarray]], str | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """An attempt at a coded data point that gave no answer: see `BatchAnswers`."""
+    """An attempt to compute a coded data point that failed: see `BatchAnswers`."""
 
     worker: int
     point: int
@@ -34,18 +34,18 @@ class Failure:
 
 @dataclasses.dataclass(frozen=True)
 class BatchAnswers:
-    """The answers that were in when a wait ended.
+    """The answers that had arrived when a wait ended.
 
     Attributes:
-        values: The answers, zero where there is none; None where there is none at all.
-        available: Which coded data points have an answer.
-        seconds: From the moment a coded data point was handed to the pool to its answer; NaN where
-            there is none.
-        waited: From the batch's dispatch to the end of the wait, in seconds.
-        failures: Attempts that went wrong: `worker` (-1 where the whole pool failed), the coded
-            data point `point`, `reason` in one line, whether the model raised or its answer could
-            not be used (`raised`; otherwise the worker died or hung), and whether there was an
-            answer that could not be used (`refused`).
+        values: The answers, zero for coded data points without one; None if there is none at all.
+        available: The mask of coded data points that have an answer.
+        seconds: Seconds from handing each coded data point to the pool until its answer; NaN
+            without one.
+        waited: Seconds from the opening of the batch to the end of the wait.
+        failures: Attempts that failed: `worker` (-1 if the whole pool failed), the coded data point
+            `point`, `reason` in one line, `raised` (the model raised, or its answer could not be
+            used; otherwise the worker died or hung), and `refused` (there was an answer, and it
+            could not be used).
     """
 
     values: PyTree[Float[np.ndarray, "num_points ..."]] | None
@@ -58,12 +58,12 @@ class BatchAnswers:
 _NOTHING = np.empty(0)
 _ARRAY = jax.tree.structure(0)  # of a single array
 
-# The line of a traceback that says what was raised: frames are indented.
+# The line of a traceback with the exception; the lines of its frames are indented.
 _RAISED = re.compile(r"[A-Za-z_][\w.]*(: |$)")
 
 
 def reason_of(error: BaseException) -> str:
-    """Return an exception in one line; where XLA wraps a traceback, the exception at its end."""
+    """Return an exception in one line; of a traceback that XLA wraps, the exception at its end."""
     text = str(error)
     _, traceback, raised = text.rpartition("Traceback (most recent call last):")
     lines = [line for line in raised.splitlines() if _RAISED.match(line)] if traceback else []
@@ -71,48 +71,48 @@ def reason_of(error: BaseException) -> str:
 
 
 def arrays_of(tree: PyTree) -> list[Any]:
-    """Return a pytree's leaves. Most trees are one array, for which JAX would take longest here."""
+    """Return a pytree's leaves, with a shortcut for one NumPy array, which most trees are."""
     return [tree] if type(tree) is np.ndarray else jax.tree.leaves(tree)
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Task:
-    """One coded data point to be computed: waiting, at one worker or more, or settled."""
+    """One coded data point to compute: waiting, in flight at one or more workers, or settled."""
 
     batch: "Batch"
     point: int
     kind: int
     value: PyTree
     size: int  # data points
-    given: float  # when
+    given: float  # when it was handed to the pool
     avoid: frozenset[int]  # workers that must not get it
     attempts: int = 0
     failed: set[int] = dataclasses.field(default_factory=set)  # workers at which it failed
     refusals: int = 0  # answers that could not be used
     running: int = 0  # workers that have it
-    on_time: int = 0  # those of them that are not overdue
-    wanted: int = 1  # as many of these as it should have
-    settled: bool = False
+    on_time: int = 0  # workers that have it and are not overdue
+    wanted: int = 1  # the number that `on_time` should have
+    settled: bool = False  # it has its answer, or was given up
     sent: float = math.nan  # when the latest worker got it
     settled_at: float = math.nan
 
     @property
     def pending(self) -> bool:
-        """True if as many workers as it should have are at work on it in time."""
+        """True if enough workers that are not overdue have it."""
         return self.on_time >= self.wanted
 
     @property
     def limit(self) -> float:
-        """The seconds after which a worker is overdue with it."""
+        """The seconds after which a worker that has it is overdue."""
         return self.batch.times.limit(self.size)
 
 
 class Batch:
     """Coded data points dispatched together, or one after the other, and their answers.
 
-    Pools make batches. Every wait has a deadline. `forget` a batch when done with it, or use it as
-    a context manager: what has not been sent is then dropped, and answers that still come are
-    counted as late and thrown away. Until then late answers are collected, and a second `wait`
+    Pools create batches. Every wait has a deadline. `forget` a batch when you are done with it, or
+    use it as a context manager: unsent tasks are then dropped, and answers that still arrive are
+    counted as late and discarded. Until then late answers are collected, and a second `wait`
     returns them.
 
     Example:
@@ -149,8 +149,8 @@ class Batch:
         self.times, self.refuse, self.on_change = times, refuse, on_change
         self.open = True
         self.tasks: dict[int, Task] = {}
-        self.waiting: list[Task] = []  # those of them that are to be sent
-        self.pending = 0  # coded data points at which enough workers are, and not overdue
+        self.waiting: list[Task] = []  # the tasks to send
+        self.pending = 0  # unsettled tasks that enough workers have, which are not overdue
         self.count = 0  # coded data points that have been answered
         self.available = np.zeros(num_points, bool)
         self.workers: dict[int, int] = {}  # the worker that answered, by coded data point
@@ -159,8 +159,8 @@ class Batch:
         self._changed = threading.Condition(runner.lock)
         self._values: list[PyTree | None] = [None] * num_points
         self._seconds = np.full(num_points, np.nan)
-        self._form: Any = None  # of an answer, but for the number of data points
-        self._awaited = num_points  # the fewest answers that somebody waits for
+        self._form: Any = None  # the structure and the shapes of an answer, without the batch axis
+        self._awaited = num_points  # the fewest answers that a caller waits for
         self._unsettled = 0
         self._start = self.clock.now()
 
@@ -171,13 +171,13 @@ class Batch:
         self.forget()
 
     def wait(self, enough: Enough | None = None, deadline: float = 60.0) -> BatchAnswers:
-        """Wait until the answers are enough, no more can come, or the deadline has passed.
+        """Wait until the answers are enough, no more can arrive, or the deadline has passed.
 
         May be called again, for more answers.
 
         Args:
-            enough: A number of answers (default: all), or a function of the mask of those that are
-                in, for example `Answers.below`.
+            enough: A number of answers (default: all), or a function of the mask of the answers
+                that have arrived, for example `Answers.below`.
             deadline: Seconds from this call on; may be infinite.
 
         Raises:
@@ -201,32 +201,32 @@ class Batch:
                 if rule is None or self.count < number or not self._unsettled:
                     return self._answers()
                 mask, number = self.available.copy(), self.count + 1
-            # Outside the lock: a forecast takes its time, and answers come in meanwhile.
+            # Without the lock: the rule may take time, and answers arrive in the meantime.
             if rule(mask):
                 with self._changed:
                     return self._answers()
 
     def forget(self) -> None:
-        """Drop what has not been sent, and ignore answers that still come. Idempotent."""
+        """Drop unsent tasks, and ignore answers that still arrive. Idempotent."""
         with self._changed:
-            # Without references that make a cycle it is freed without Python's garbage collector,
-            # which stops all threads: for a tenth of a second in a busy server.
+            # Reference cycles are broken here, so that Python's garbage collector is not needed: it
+            # stops all threads, for a tenth of a second in a busy server.
             self.open, self.on_change, self.tasks = False, None, {}
             self._runner.schedule.forget(self)
 
     def suffice(self) -> None:
-        """Send nothing more; answers that are on their way are still collected."""
+        """Send nothing more; answers of in-flight tasks are still collected."""
         with self._changed:
             self.needed = 0
 
     def drop_answers(self, points: Bool[np.ndarray, " num_points"]) -> None:
-        """Drop the answers to some coded data points, which may be large; others are collected."""
+        """Free the answers of some coded data points, which may be large; keep the others."""
         with self._changed:
             for point in np.flatnonzero(points).tolist():
                 self._values[point] = None
 
     def answer(self, point: int) -> PyTree[np.ndarray] | None:
-        """Return one coded data point's answer, or None if it is not in."""
+        """Return one coded data point's answer, or None if it has not arrived."""
         return self._values[point]
 
     def lost(self, point: int) -> bool:
@@ -238,10 +238,10 @@ class Batch:
         return task is not None and task.settled and not self.available[point]
 
     def age(self, point: int) -> tuple[float, bool]:
-        """Return the seconds for which the latest worker has or had a coded data point.
+        """Return for how long the latest worker has had a coded data point, and if it is overdue.
 
-        They are 0 if none has it: a worker's death says nothing about how long a point takes. The
-        second value is whether it is overdue.
+        The time, in seconds, stops when the point is settled. It is 0 while no worker has the
+        point: a worker's death says nothing about how long the point takes.
         """
         task, seconds = self.tasks.get(point), 0.0
         if task is not None and task.settled and task.attempts:
@@ -251,9 +251,9 @@ class Batch:
         return seconds, task is not None and seconds > task.limit
 
     def abandoned(self, point: int) -> bool:
-        """Return whether a coded data point failed and, as things are, will not be sent again.
+        """Return whether a coded data point has failed and will not be sent again, as things stand.
 
-        It has no attempts left, or the batch has enough answers without it.
+        It has no attempts left, or the batch has or expects enough answers without it.
         """
         task = self.tasks.get(point)
         if task is None or self.available[point] or task.running or not task.attempts:
@@ -275,20 +275,20 @@ class Batch:
         arrays = self.available.copy(), self._seconds.copy()
         return BatchAnswers(values, *arrays, waited, tuple(self.failures))
 
-    # What follows is for the pool and its schedule, which hold the lock.
+    # The members below are for the pool and its schedule, which hold the lock.
 
     @property
     def missing(self) -> int:
-        """The answers needed beyond those that are in or pending."""
+        """The number of answers needed beyond those that have arrived or are pending."""
         return self.needed - self.count - self.pending
 
     @property
     def over(self) -> bool:
-        """True if every coded data point that was sent has its answer, or never will."""
+        """True if every task was answered or given up."""
         return self._unsettled == 0
 
     def add(self, tasks: Sequence[Task]) -> None:
-        """Add tasks that are to be sent; raise ValueError, and add none, if one cannot be."""
+        """Add tasks to send; raise ValueError, and add none, if one of them cannot be sent."""
         if not self.open:
             raise ValueError("this batch has been forgotten: nothing more can be sent")
         new: dict[int, Task] = {}
@@ -305,21 +305,21 @@ class Batch:
         self._unsettled += len(tasks)
 
     def count_pending(self, task: Task, change: int, wanted: int | None = None) -> None:
-        """Change the number of workers that have a task in time, and how many should."""
+        """Add `change` to a task's `on_time`, set its `wanted` if given, and update `pending`."""
         before, task.on_time = task.pending, task.on_time + change
         task.wanted = task.wanted if wanted is None else wanted
         if not task.settled:
             self.pending += task.pending - before
 
     def hedge(self, task: Task) -> None:
-        """Count a worker as overdue with a task, which other workers may get then."""
+        """Count a worker as overdue with a task, so that other workers may get copies."""
         self.count_pending(task, -1, min(self.times.overdue.copies, max(self.copies - 1, 1)))
 
     def settle(self, task: Task, value: PyTree | None, worker: int = -1) -> None:
-        """Take a task's answer and the worker that gave it, or None if there will be none."""
+        """Store a task's answer and its worker; a `value` of None means that there is no answer."""
         self.pending -= task.pending
         task.settled_at = self.clock.now()
-        task.settled, task.value = True, _NOTHING  # it may be large, and the batch live on
+        task.settled, task.value = True, _NOTHING  # free the input, since the batch may live long
         self._unsettled -= 1
         if value is not None:
             self._values[task.point], self.workers[task.point] = value, worker
@@ -330,7 +330,7 @@ class Batch:
             self._changed.notify_all()
 
     def refusal(self, outcome: Any, size: int) -> str | None:
-        """Return why a worker's outcome for `size` data points is no answer, if it is none."""
+        """Return why a worker's outcome for `size` data points cannot be used; None if it can."""
         if isinstance(outcome, Exception):
             return reason_of(outcome)
         try:
@@ -348,15 +348,15 @@ class Batch:
                 forms = [jax.tree.unflatten(*each) for each in (form, self._form)]
                 return f"each answer has shape {forms[0]}, others of this batch {forms[1]}"
             refused = self.refuse(outcome)
-        except Exception as error:  # no array at all, for example
+        except Exception as error:  # for example, it is not an array
             return f"the answer cannot be read: {reason_of(error)}"
         if refused is None:
-            self._form = form  # of all, as of the first
+            self._form = form  # later answers must have the same
         return refused
 
 
 def refuse_odd(answer: PyTree[np.ndarray]) -> str | None:
-    """Return why an answer cannot be decoded, if it cannot: it is not finite, or no floats."""
+    """Return why an answer cannot be decoded (not floats, or not finite); None if it can."""
     for leaf in arrays_of(answer):
         if leaf.dtype.kind != "f":
             return f"the answer is {leaf.dtype}: codes work on floats"
@@ -366,7 +366,7 @@ def refuse_odd(answer: PyTree[np.ndarray]) -> str | None:
 
 
 def check_deadline(seconds: float) -> float:
-    """Return the seconds; raise ValueError if they are not positive, as NaN is not."""
+    """Return the seconds; raise ValueError if they are not positive, or NaN."""
     if not seconds > 0:
         raise ValueError(f"a deadline is a positive number of seconds, not {seconds}")
     return seconds

@@ -1,4 +1,4 @@
-"""The clock that pools and servers live by, and tasks that it repeats, supervised and paced."""
+"""The clock of pools and servers, and repeated background tasks."""
 
 import abc
 import contextlib
@@ -14,21 +14,21 @@ _LOG = logging.getLogger(__name__)
 
 # Longest and shortest time between two turns, in seconds.
 BEAT, _SHORTEST = 1.0, 1e-4
-# Longest single sleep, in seconds, however long a wait may last: threading raises OverflowError
-# where it is asked for centuries.
+# Longest single sleep, in seconds. A longer wait repeats it: threading raises OverflowError for
+# very long timeouts.
 LONGEST_SLEEP = 60.0
-# Pause before a step that failed is tried again, in seconds: doubled each time, up to the longest.
+# First and longest pause before a failed step is retried, in seconds; it doubles each time.
 _PAUSE, _LONGEST = 0.1, 10.0
-_LAST_TURN = 5.0  # seconds for which closing waits for a turn under way
+_LAST_TURN = 5.0  # seconds for which closing waits for a running turn
 
 
 class Turns(NamedTuple):
-    """A task that is repeated: when it is woken, and when its last turn said it is due next.
+    """The controls of a repeated task, whose turns come when they are due or when it is woken.
 
     Attributes:
         start: Makes the first turn due.
         wake: Makes a turn due now. May be called from any thread.
-        close: Takes no more turns, and waits for one under way: for some seconds at most, if given.
+        close: Ends the task, and waits for a running turn: at most for the seconds given, if any.
     """
 
     start: Callable[[], Any]
@@ -48,23 +48,23 @@ class AbstractClock(abc.ABC):
         """Return a task that calls `turn` again and again.
 
         Args:
-            name: The name of the thread, where there are threads.
-            turn: Returns the time at which it is due next. It is called at least once a second all
-                the same. An exception ends the task.
+            name: The name of the thread, if the clock uses threads.
+            turn: Returns the time at which the next turn is due. It is called at least once a
+                second in any case. An exception ends the task.
         """
 
     @abc.abstractmethod
     def start(self, name: str, work: Callable[[], Any]) -> Callable[[], bool]:
-        """Start work in the background, once; return a function that says whether it still runs.
+        """Run `work` once in the background; return a function that says whether it still runs.
 
         Args:
-            name: The name of the thread, where there are threads.
-            work: It must not raise.
+            name: The name of the thread, if the clock uses threads.
+            work: Called without arguments; it must not raise.
         """
 
     @abc.abstractmethod
     def wait(self, condition: threading.Condition, seconds: float) -> None:
-        """Wait until a condition that is held is notified, for some seconds at most.
+        """Wait until a condition, whose lock is held, is notified, or the seconds have passed.
 
         May return earlier. Raises as `threading.Condition.wait` does.
         """
@@ -87,7 +87,7 @@ class WallClock(AbstractClock):
                 due = turn()
                 with contextlib.suppress(queue.Empty):
                     wakes.get(timeout=min(max(due - time.monotonic(), _SHORTEST), BEAT))
-                    # Whoever still sees it set came before the turn that follows.
+                    # A caller of `wake` that still sees True comes before the next turn.
                     woken = False
 
         def wake() -> None:
@@ -107,7 +107,7 @@ class WallClock(AbstractClock):
         return Turns(thread.start, wake, close)
 
     def start(self, name: str, work: Callable[[], Any]) -> Callable[[], bool]:
-        # No daemon: a process must not end in the middle of LAPACK's work.
+        # Not a daemon thread: the process must not exit in the middle of LAPACK's work.
         thread = threading.Thread(target=work, name=name)
         thread.start()
         return thread.is_alive
@@ -120,20 +120,20 @@ WALL = WallClock()
 
 
 def pause_after(failures: int) -> float:
-    """Return the seconds to wait before a step that failed `failures` times in a row is retried."""
+    """Return the seconds to wait before a step is retried that failed `failures` times in a row."""
     return min(_PAUSE * 2.0 ** min(failures, 10), _LONGEST)
 
 
 class Watcher:
-    """A supervised task: calls `look` again and again, whatever one of its turns raises.
+    """A supervised task: calls `look` repeatedly, even after it raised an exception.
 
-    `look()` returns the time at which its next turn is due; `wake` makes that now. After a turn
-    that raises, the next one comes after a pause that grows. `end()` is called last, should the
-    turns end nevertheless.
+    `look()` returns the time at which its next turn is due; `wake` makes it due now. After a turn
+    that raised, the next one follows a pause that grows. `end()` is called only if a turn ends the
+    task by raising something other than an `Exception`, such as `SystemExit`.
 
     Attributes:
         heartbeat: The time of the last turn.
-        errors: The number of turns that raised. The log has each.
+        errors: The number of turns that raised. Each is logged.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Watcher:
         end: Callable[[], Any] = lambda: None,
         clock: AbstractClock = WALL,
     ):
-        """Begin at once."""
+        """Start the task at once."""
         self._name, self._look, self._end, self._clock = name, look, end, clock
         self._failures = 0  # one after the other
         self.errors, self.heartbeat = 0, clock.now()
@@ -153,7 +153,7 @@ class Watcher:
         self._turns.start()
 
     def close(self) -> None:
-        """Take no more turns; wait a few seconds for one that is under way."""
+        """End the task; wait at most five seconds for a running turn."""
         self._turns.close(_LAST_TURN)
 
     def _turn(self) -> float:
@@ -171,21 +171,21 @@ class Watcher:
 
 
 class TimeShare:
-    """A bound on the share of the time that a thread's work may take.
+    """A limit on the share of time that background work takes, by pauses after each piece.
 
-    Programs of JAX keep all cores of a CPU busy, and queries are answered meanwhile.
+    JAX programs keep all cores of a CPU busy, and queries must be answered in the meantime.
 
     Attributes:
-        next: The time from which on there may be more work.
+        next: The time from which more work is allowed.
     """
 
     def __init__(self, clock: AbstractClock, share: float, *, longest: float = math.inf):
-        """Start with nothing to make up for; one piece of work pauses for `longest` s at most."""
+        """Start without a pause; the pause after one piece of work is `longest` seconds at most."""
         self._clock, self._share, self._longest = clock, share, longest
         self.next = -math.inf
 
     def spend(self, begin: float, share: float | None = None) -> float:
-        """Count work from `begin` until now, at another share if given; return its seconds."""
+        """Record work from `begin` until now; return its seconds. A `share` replaces the limit."""
         now = self._clock.now()
         pause = min((now - begin) * (1 / (share or self._share) - 1), self._longest)
         self.next = max(self.next, now) + pause

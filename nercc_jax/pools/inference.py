@@ -1,4 +1,4 @@
-"""Coded inference on a pool: encode, dispatch, wait, decode, run uncertain ones again."""
+"""Coded inference on a pool: encode, dispatch, wait, decode."""
 
 import dataclasses
 import operator
@@ -26,10 +26,10 @@ from .worker import no_mesh, off_meshes
 
 @dataclasses.dataclass(frozen=True)
 class PoolResult:
-    """Predictions with their status, and the answers they rest on.
+    """Predictions with their status, and the answers from which they were decoded.
 
     Attributes:
-        decoded: Predictions, which of them were recovered, and how far they may be off.
+        decoded: Predictions, the mask of the recovered ones, and their expected errors.
         answers: The answers to coded data points.
     """
 
@@ -45,31 +45,32 @@ def pool_inference(
     with_status: bool = False,
     grouped: bool | None = None,
 ) -> Callable[..., Any]:
-    """Return a function `(x, enough=None, deadline=60.0) -> predictions` of a pool behind a code.
+    """Return a function `(x, enough=None, deadline=60.0) -> predictions` for a code on a pool.
 
-    Its arguments: `x` is (K, ...) for one group, or (groups, K, ...), finite, of a float dtype, or
-    a pytree of such as for `coded_inference`; every worker gets its coded data points of all groups
-    as one batch. `enough` says when to decode: a number of answers (default: all N), or a function
-    of the mask, such as `Answers.below`. `deadline` is in seconds; the answers that are in by then
-    are decoded. Predictions are (K, ...) or (groups, K, ...), NaN where a data point cannot be
-    recovered.
+    Its arguments: `x` is (K, ...) for one group, or (groups, K, ...), with finite floats, or a
+    pytree of such arrays as for `coded_inference`; every worker gets its coded data points of all
+    groups as one batch. `enough` says when to decode: at a number of answers (default: all N), or
+    when a function of their mask returns True, such as `Answers.below`. After `deadline` seconds
+    the answers that have arrived are decoded. Predictions are (K, ...) or (groups, K, ...), NaN
+    where a data point cannot be recovered.
 
-    A `Scheme` in the code's place is carried out as a whole: its order (over all data points of a
-    call), its surrogate or learner, the place of its redundant workers, and its error probability,
-    which is in `PoolResult.decoded`. `reexecute` replaces what is too uncertain.
+    A `Scheme` is carried out as a whole: its order (over all data points of a call), its surrogate
+    or learner, the regression points of its redundant workers, and its error probability, which is
+    in `PoolResult.decoded`. Use `reexecute` to replace predictions that are too uncertain.
 
-    The encoder and the decoder are compiled once, for every straggler set. What was calibrated
+    The encoder and the decoder are compiled once, for every straggler set. A scheme calibrated
     under other `conditions` than the pool's causes a `CalibrationWarning`.
 
     Args:
         pool: The workers.
         code: A code or a scheme.
-        with_status: Return a `PoolResult` instead of predictions alone.
-        grouped: Whether x comes as groups (default: by the axis of length K, if only one has it).
+        with_status: Whether to return a `PoolResult` instead of predictions only.
+        grouped: Whether x has an axis of groups (default: by the axis of length K, if only one has
+            it).
 
     Raises:
-        ValueError: From the function, before anything is sent: for an x that does not fit or is not
-            finite, and a deadline that is not positive.
+        ValueError: From the function, before anything is sent: if x does not fit or is not finite,
+            or the deadline is not positive.
         TimeoutError: From the function, if no prediction can be recovered at the deadline.
         RuntimeError: From the function, if no worker answers and none will.
 
@@ -95,7 +96,7 @@ def pool_inference(
         x, _, many = as_groups(plain, jax.tree.map(np.asarray, x), grouped=grouped)
         check_finite(x if many else jax.tree.map(lambda leaf: leaf[0], x), 2 if many else 1)
         points, prepared = points_of(x), None
-        if scheme is None:  # on the host, uncompiled
+        if scheme is None:  # encoded on the host, with NumPy
             coded = jax.tree.map(lambda leaf: encode_on_host(encoder, leaf), x)
         else:
             prepared, coded = _encode(scheme, points, encoder)
@@ -112,14 +113,14 @@ def pool_inference(
                 raise RuntimeError(f"no worker answered, and none will: {seen}")
             raise TimeoutError(f"no worker answered within {deadline} s: {seen}")
 
-        # The scheme is an argument: one that has learned more compiles nothing.
+        # The scheme is an argument, so one whose learner was updated is not compiled again.
         values, available = answers.values, answers.available
         if scheme is None:
             y = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), values)
             found = decode_groups(plain, y, available[None])
         else:
             assert prepared is not None
-            # Where each group has points of its own, no decoder is kept.
+            # If each group has regression points of its own, no decoder is cached.
             given = known_matrices(plain, available).decoders if prepared.beta is None else None
             matrices = CachedMatrices(encoder, given)
             found = _decode(scheme, points, prepared, values, available, matrices)

@@ -1,4 +1,4 @@
-"""A pool by options, which `nercc run` and the settings of `nercc serve` have by the same names."""
+"""The options by which `nercc run` and the settings of `nercc serve` describe a pool."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +13,7 @@ _SECONDS = (
     lambda value: type(value) in (int, float) and 0 <= value <= 86_400,
 )
 _SHARE = "a share, from 0 to 1", lambda value: type(value) in (int, float) and 0 <= value <= 1
-# What the values of faults are.
+# For each fault: a description of its valid values, and a predicate that tests them.
 _FAULTS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "service_delay_s": _SECONDS,
     "straggler_delay_s": _SECONDS,
@@ -34,7 +34,7 @@ _FAULTS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def check_faults(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a table of faults to inject, once its names and values are seen to be right.
+    """Return a checked table of faults to inject, with numbers other than the seed as floats.
 
     Raises:
         ValueError: There is no such fault, or its value does not fit.
@@ -57,15 +57,15 @@ def open_pool(
     seed: int = 0,
     **options: Any,
 ) -> AbstractPool:
-    """Open the pool that options ask for, with the faults to inject for trials.
+    """Open the pool that options describe, with the faults to inject for trials.
 
     Args:
         model: The model.
-        num_workers: N, as many workers as there are unless `asked` says otherwise.
-        asked: The options: `pool`, `workers`, `worker_dtype`, `actor_options`, and `faults`, as
-            `check_faults` returns them, with a function as the `straggler_score`.
-        num_data: K, as many workers as a pool of Ray actors begins with (default: one).
-        seed: Of the faults, unless they have one.
+        num_workers: The number of workers, unless `asked.workers` is set.
+        asked: The options, as attributes: `pool`, `workers`, `worker_dtype`, `actor_options`, and
+            `faults`, as `check_faults` returns them, with a function as the `straggler_score`.
+        num_data: The number of workers to wait for, in a pool of Ray actors (default: one).
+        seed: The faults' seed, if they have no `fault_seed`.
         **options: Further arguments of the pool.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The Ray that a process is part of: by address, one that it finds, or its own; and its head."""
+"""The connection of this process to a Ray cluster, and the supervision of the cluster's head."""
 
 import concurrent.futures
 import logging
@@ -18,7 +18,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def ray_module() -> Any:
-    """Return Ray; raise ImportError that says how to install it."""
+    """Return the module `ray`; raise an ImportError that says how to install it."""
     try:
         import ray
     except ImportError as error:
@@ -27,15 +27,15 @@ def ray_module() -> Any:
 
 
 class Head:
-    """A cluster's head, asked once a second: Ray says nothing of a head that is gone.
+    """A cluster's head, probed once a second, since Ray does not report a head that is gone.
 
-    Its other calls wait for the head, and after a minute Ray ends the process.
+    Without a head Ray's other calls block, and after a minute Ray ends the process.
 
     Attributes:
-        address: HOST:PORT; empty where it is not known, and the head counts as there.
-        alarm: What is wrong, once two questions had no answer; None where the head answers.
-        ends_at: The monotonic time at which Ray ends this process; infinite where the head answers,
-            or is frozen: its connections are open, and Ray does not notice.
+        address: HOST:PORT; if it is empty (unknown), the head is not probed.
+        alarm: The fault, after two probes in a row failed; None while the head answers.
+        ends_at: The monotonic time at which Ray ends this process; infinite while the head answers,
+            or if it is frozen: then its connections stay open, and Ray does not notice.
     """
 
     def __init__(self, address: str):
@@ -45,12 +45,12 @@ class Head:
 
     def _look(self) -> float:
         frozen, before = False, self.alarm
-        if not ray_module().is_initialized():  # it was left
+        if not ray_module().is_initialized():  # this process has disconnected
             self.alarm, self.ends_at = None, math.inf
             return time.monotonic() + 1.0
         try:
             host, _, port = self.address.rpartition(":")
-            # The kernel accepts a connection for a process that is stopped, too.
+            # The kernel accepts connections even for a stopped process.
             socket.create_connection((host.strip("[]"), int(port)), 2.0).close()
             frozen = True
             if self._client is None:
@@ -62,7 +62,7 @@ class Head:
             self._misses += 1
         else:
             self._seen, self._misses, self.alarm = time.monotonic(), 0, None
-        # Seconds without a head after which Ray ends this process.
+        # The seconds without a head after which Ray ends this process.
         variable = "RAY_gcs_rpc_server_reconnect_timeout_s"
         limit = float(os.environ.get(variable) or 60.0)
         self.ends_at = math.inf
@@ -89,14 +89,14 @@ class Head:
 
 
 _LOCK = threading.Lock()
-_heads: list[Head] = []  # of the Ray that this process is part of, if it is
-_environments: list[dict[str, Any]] = []  # with which we have connected this process
+_heads: list[Head] = []  # the head of the Ray that this process is connected to, if any
+_environments: list[dict[str, Any]] = []  # the runtime environment of that connection
 
 
 def join_ray(address: str | None, runtime_env: Mapping[str, Any] | None = None) -> Head:
-    """Make this process part of a Ray, to its end or to `ray.shutdown()`.
+    """Connect this process to a Ray, until it ends or until `ray.shutdown()`.
 
-    A process that is connected already stays as it is.
+    A process that is already connected keeps its connection.
 
     Args:
         address: As for `RayPool`.
@@ -106,8 +106,9 @@ def join_ray(address: str | None, runtime_env: Mapping[str, Any] | None = None) 
         The head of that Ray.
 
     Raises:
-        ConnectionError: If no Ray is at the address, or it does not let us in.
-        ValueError: If a runtime environment comes too late, or does not fit.
+        ConnectionError: If there is no Ray at the address, or it refuses the connection.
+        ValueError: If the process is already connected with another runtime environment, or the
+            environment is invalid.
     """
     with _LOCK:
         ray, own = ray_module(), dict(runtime_env or {})
@@ -119,7 +120,7 @@ def join_ray(address: str | None, runtime_env: Mapping[str, Any] | None = None) 
                 "this process is connected to a Ray already, with another runtime environment: "
                 "give it to the first pool, or to `ray.init` where that connects"
             )
-        # Ray's client, for processes outside of the cluster, has no such address.
+        # Ray's client, for processes outside of the cluster, does not know this address.
         found = str(getattr(ray.get_runtime_context(), "gcs_address", ""))
         if not _heads or _heads[0].address != found:
             for earlier in _heads:
@@ -129,7 +130,7 @@ def join_ray(address: str | None, runtime_env: Mapping[str, Any] | None = None) 
 
 
 def ray_is_lost() -> bool:
-    """Return whether this process is part of a Ray whose head is gone: Ray will end it.
+    """Return whether the head of this process's Ray does not answer: Ray may end the process.
 
     Example:
         >>> from nercc_jax.pools import ray_is_lost
@@ -140,14 +141,13 @@ def ray_is_lost() -> bool:
 
 
 def _connect(address: str | None, runtime_env: dict[str, Any]) -> None:
-    """Connect by address, by RAY_ADDRESS, to a Ray on this machine, or to a Ray of our own.
+    """Connect to Ray at `address` or RAY_ADDRESS, else on this machine; start one if there is none.
 
-    Linux kills the processes of a Ray that we start when the thread that started them ends, and
-    then Ray ends ours. So that is a thread that does nothing else for good: any thread may make a
-    pool.
+    When a thread that started Ray's processes ends, Linux kills these, and then Ray ends this
+    process. So a thread that never ends starts them, and any thread may create a pool.
 
     Raises:
-        ConnectionError: If there is no listener, for which Ray would try for a minute.
+        ConnectionError: If nothing listens at the address; Ray itself would try for a minute.
     """
     ray, started = ray_module(), concurrent.futures.Future[None]()
     address = address or os.environ.get("RAY_ADDRESS") or None
@@ -164,7 +164,7 @@ def _connect(address: str | None, runtime_env: dict[str, Any]) -> None:
             ) from error
 
     options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
-    # What Ray logs goes where this process's own log goes, in its format: a server's is JSON.
+    # Ray's log messages go to this process's own log, in its format, such as a server's JSON.
     log = logging.getLogger("ray")
     log.setLevel(logging.ERROR)
     log.propagate = True
@@ -176,10 +176,10 @@ def _connect(address: str | None, runtime_env: dict[str, Any]) -> None:
             try:
                 ray.init(address, runtime_env=runtime_env or None, **options)
             except Exception as error:
-                # What has started is left: its processes end with this thread, and Ray would end
-                # this process a minute later.
+                # Leave a half-started Ray: its processes end with this thread, and Ray would then
+                # end this process a minute later.
                 ray.shutdown()
-                # Each process of a Ray of our own has 30 s to start: a busy machine may miss one.
+                # Each process of a new Ray has 30 s to start, which a busy machine may exceed.
                 if again and not isinstance(error, ValueError):
                     _LOG.warning("Ray did not start, and is started again: %s", error)
                     continue
@@ -188,7 +188,7 @@ def _connect(address: str | None, runtime_env: dict[str, Any]) -> None:
             threading.Event().wait()
 
     with warnings.catch_warnings():
-        # Of os.fork, which Ray follows by exec at once: no thread of JAX is missed.
+        # The warning about os.fork does not apply: Ray calls exec at once, without JAX's threads.
         warnings.simplefilter("ignore", RuntimeWarning)
         threading.Thread(target=start, name="nercc-ray", daemon=True).start()
         started.result()

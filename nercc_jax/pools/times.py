@@ -7,8 +7,8 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-_WINDOW = 256  # answers of one size that a running quantile is taken over
-# Up to the first number of answers each one updates that quantile, then one in the second number.
+_WINDOW = 256  # latest answers of one size from which quantiles are taken
+# Each of the first `_FIRST` answers updates the quantiles, and then one in `_REFRESH`.
 _FIRST, _REFRESH = 20, 16
 
 
@@ -25,22 +25,22 @@ class Call(NamedTuple):
 class Overdue:
     """A rule for when a task is overdue: after `factor` times a quantile of recent service times.
 
-    Only service times of batches of the same size count. The limit is never less than the quantile
-    plus `floor` seconds. A measurement shows why: without stragglers, but with two cores kept busy
-    by 8 clients of LeNet5 (2 ms), 18 % of the calls took longer than 1.5 times the median, 1.0 %
-    longer than the median plus 5 ms, and 0.2 % longer than the median plus 10 ms.
+    The quantile is that of batches of the same size, once enough of them were answered. The limit
+    is at least the quantile plus `floor` seconds. A measurement shows why: without stragglers, but
+    with 8 clients of LeNet5 (2 ms) keeping two cores busy, 18 % of the calls took longer than 1.5
+    times the median, 1.0 % longer than the median plus 5 ms, 0.2 % longer than it plus 10 ms.
 
-    Hedging as published waits for the 95th percentile: `Overdue(0.95, 1.0, floor=0.0)`. Where more
-    than one call in twenty straggles, that quantile is a straggler's own time, so the default looks
-    at the median.
+    Hedging as published waits for the 95th percentile: `Overdue(0.95, 1.0, floor=0.0)`. If more
+    than one call in twenty straggles, that quantile is the service time of a straggler, so the
+    default is the median.
 
     Args:
-        quantile: Which quantile of the service times, between 0 and 1 (default: the median).
-        factor: Multiple of that quantile (default: 3).
+        quantile: The quantile of the service times, between 0 and 1 (default: the median).
+        factor: The multiple of that quantile (default: 3).
         least: Answers needed before anything is overdue (default: 20).
-        floor: Seconds beyond the quantile, at least (default: 0.01).
-        copies: Copies that go to other workers at once when a task is overdue, if its batch allows
-            as many (default: 1).
+        floor: The least number of seconds added to the quantile (default: 0.01).
+        copies: Copies sent to other workers together when a task is overdue, if its batch allows
+            that many (default: 1).
 
     Raises:
         ValueError: If a number is out of its range.
@@ -77,10 +77,10 @@ class Overdue:
 
 
 class AnswerTimes:
-    """Running service times by batch size, and the limit by a rule after which an answer is late.
+    """Recent service times by batch size, and the limits after which a rule calls answers late.
 
-    For a size that has not been seen often enough, the other sizes give a bound: it takes no longer
-    than a larger batch, and no longer than a smaller one scaled in proportion. Not thread-safe.
+    A size with too few answers takes its numbers from the other sizes: a batch is assumed to take
+    no longer than a larger one, or than a smaller one scaled in proportion. Not thread-safe.
     """
 
     def __init__(self, overdue: Overdue | None = None):
@@ -88,16 +88,16 @@ class AnswerTimes:
         self.overdue = overdue or Overdue()
         self._times: dict[int, collections.deque[float]] = {}
         self._seen: collections.Counter[int] = collections.Counter()
-        self._ordered: dict[int, list[float]] = {}  # as they were when last looked at
+        self._ordered: dict[int, list[float]] = {}  # sorted, at their last update
 
     def under(self, overdue: Overdue | None) -> "AnswerTimes":
-        """Return the same service times, those to come as well, judged by another rule."""
-        same = copy.copy(self)  # which holds the same records
+        """Return a view of the same service times, future ones included, with another rule."""
+        same = copy.copy(self)  # a shallow copy: it shares the records
         same.overdue = overdue or self.overdue
         return same
 
     def add(self, size: int, seconds: float) -> bool:
-        """Record how long an answer to `size` data points took; return whether limits are new."""
+        """Record the seconds of an answer to `size` data points; return whether limits changed."""
         times = self._times.setdefault(size, collections.deque(maxlen=_WINDOW))
         times.append(seconds)
         self._seen[size] += 1
@@ -121,7 +121,7 @@ class AnswerTimes:
         )
 
     def _bound(self, size: int, number: Callable[[list[float]], float]) -> float:
-        """Return a number of this size's times, or a bound on it by the other sizes."""
+        """Return `number` of this size's sorted times, or a bound on it from the other sizes."""
         least = max(self.overdue.least, 1)
         if len(ordered := self._ordered.get(size, [])) >= least:
             return number(ordered)
@@ -132,5 +132,5 @@ class AnswerTimes:
 
 
 def power_of_two(number: int | float) -> int:
-    """Return the largest power of two that is not larger, from 1 on."""
+    """Return the largest power of two that is at most `number`, and at least 1."""
     return 1 << max(int(number), 1).bit_length() - 1

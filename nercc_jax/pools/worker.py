@@ -1,4 +1,4 @@
-"""The code that runs at a worker, in whichever thread or process it lives."""
+"""The code that runs in a worker's thread or process."""
 
 import contextlib
 import functools
@@ -28,12 +28,12 @@ from ._faults import InjectedError, StruckCall, WorkerFaults
 
 Device: TypeAlias = Any  # `jax.Device`, which pyright does not take for a type
 
-# Batches that programs are compiled for: one, several of different shapes, or none.
+# Example batches for which programs are compiled: one, several of different shapes, or none.
 Examples: TypeAlias = PyTree | Sequence[PyTree] | None
 
 _NO_MESH = Mesh(np.empty((), object), ())
 
-# Seconds that a worker hangs: longer than any pool waits, and no longer than threads can.
+# Seconds that a worker hangs: longer than any pool waits, and short enough for `threading`.
 _FOREVER = 1e6
 
 
@@ -41,14 +41,14 @@ _FOREVER = 1e6
 def no_mesh() -> Iterator[None]:
     """Leave any mesh that the caller has set (`jax.set_mesh`).
 
-    A pool's arrays lie each on a device of its own choice, which is not that of a mesh.
+    A pool places each of its arrays on a single device, not on the mesh.
     """
     with jax.set_mesh(_NO_MESH):
         yield
 
 
 def off_meshes(tree: PyTree) -> PyTree:
-    """Return the tree with arrays that lie on a mesh moved to one of its devices."""
+    """Return the tree, with each array on a mesh moved to one of the mesh's devices."""
 
     def move(leaf: Any) -> Any:
         if not isinstance(leaf, jax.Array) or not isinstance(leaf.sharding, NamedSharding):
@@ -60,11 +60,11 @@ def off_meshes(tree: PyTree) -> PyTree:
 
 
 class Program:
-    """The models of a worker, served one first, with their arrays on one device.
+    """The models of a worker, the served one first, with their arrays on one device.
 
-    `compiled=False` calls them as they are: for a model that is no JAX function, such as a remote
-    endpoint. The precision (x64, and that of products) is that of the thread that makes the
-    program, whichever thread calls it.
+    `compiled=False` calls them without `jax.jit`, for a model that is not a JAX function, such as a
+    remote endpoint. The precision (x64, and that of matrix products) is that of the thread that
+    creates the program, whichever thread calls it.
     """
 
     def __init__(self, models: tuple[Model, ...], device: Device, compiled: bool):
@@ -75,10 +75,10 @@ class Program:
 
     @contextlib.contextmanager
     def at_home(self) -> Iterator[None]:
-        """Enter the program's device and precision, which are settings of a thread.
+        """Set the program's device and precision in this thread; calls are made inside.
 
-        Calls are made inside. A worker's thread stays inside, since entering and leaving takes a
-        tenth of a small model's time.
+        A worker's thread never leaves the context, since entering and leaving it takes a tenth of a
+        small model's time.
         """
         with (
             no_mesh(),
@@ -89,15 +89,15 @@ class Program:
             yield
 
     def __call__(self, kind: int, batch: PyTree) -> PyTree[np.ndarray]:
-        """Return model `kind`'s answers, on the host, in float32 at least. Only `at_home`."""
+        """Return model `kind`'s outputs on the host, in float32 or wider; only inside `at_home`."""
         answer = self._calls[kind](cast_floats(batch, self._dtype))
-        # A tree of one leaf, most often, which is quicker known than taken apart.
+        # Most answers are one array, for which a type test is faster than `jax.tree.map`.
         one = isinstance(answer, jax.Array)
         return _on_host(answer) if one else jax.tree.map(_on_host, answer)
 
 
 def _on_host(array: Any) -> np.ndarray:
-    """Return an array in float32 at least: NumPy would not take bfloat16 for a float."""
+    """Return a NumPy array, with short floats as float32: bfloat16 is not a float to NumPy."""
     array = np.asarray(array)
     short = array.dtype.itemsize < 4 and is_float(array)
     return array.astype(np.float32) if short else array
@@ -105,11 +105,11 @@ def _on_host(array: Any) -> np.ndarray:
 
 @no_mesh()
 def _on_device(model: Model, device: Device) -> Callable[[PyTree], Any]:
-    """Return a model as a compiled function, whose arrays lie on the device."""
+    """Return a model as a compiled function, whose arrays are on the device."""
     arrays, rest = eqx.partition(model, eqx.is_array)
-    # A device alone would leave an array of an explicit mesh typed by that mesh.
+    # With a bare device, an array of an explicit mesh would keep that mesh in its type.
     arrays = jax.device_put(arrays, SingleDeviceSharding(device))
-    # A list: to take a model apart, which Python does, takes as long as a small one's run.
+    # Flattened once: flattening a model in Python takes as long as a small model's run.
     leaves, structure = jax.tree.flatten(arrays)
 
     @jax.jit
@@ -122,9 +122,9 @@ def _on_device(model: Model, device: Device) -> Callable[[PyTree], Any]:
 def as_models(
     model: Model | Sequence[Model], worker_dtype: DTypeLike | None = None
 ) -> tuple[Model, ...]:
-    """Return one model, or the served and further ones, as a tuple, in the workers' dtype.
+    """Return one or several models, the served one first, as a tuple cast to the workers' dtype.
 
-    Raises ValueError if there is none, one is in training mode, or one cannot be cast.
+    Raises ValueError if there is no model, or one is in training mode or cannot be cast.
     """
     check_model(model)
     models = (model,) if callable(model) else tuple(model)
@@ -132,9 +132,9 @@ def as_models(
 
 
 def warm_up(programs: Sequence[Program], num_models: int, example: Examples) -> None:
-    """Compile all models for batches like the examples, without injected faults.
+    """Compile all models for batches of the examples' shapes, without injected faults.
 
-    Raises RuntimeError if a model does not run on one.
+    Raises RuntimeError if a model does not run on an example.
     """
     examples = () if example is None else example
     if not isinstance(examples, Sequence):
@@ -153,10 +153,10 @@ def warm_up(programs: Sequence[Program], num_models: int, example: Examples) -> 
 
 
 class Worker:
-    """A program with injected faults. To be called inside `Program.at_home`.
+    """A program with injected faults, to be called inside `Program.at_home`.
 
-    `wait(seconds)` sleeps, and returns whether the worker was ended meanwhile; `die()` ends the
-    worker as its pool's workers die.
+    `wait(seconds)` sleeps, or returns early if the worker is ended; `die()` ends the worker's
+    thread or process.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Risk of approximate predictions: error probabilities, error bars, and what may be given out."""
+"""Risk of approximate predictions: error probabilities, error bars, and which to give out."""
 
 from ._accuracy import Accuracy
 from ._error_bars import ErrorBars, calibrate_learner_bars

@@ -1,6 +1,6 @@
-"""What is promised of approximate answers, and the finite-sample statistics that keep it.
+"""The promised accuracy of approximate answers, and the finite-sample statistics that ensure it.
 
-These are the only places where a bound, a quantile or a factor of error bars is computed.
+All bounds, quantiles and factors of error bars are computed here.
 """
 
 import dataclasses
@@ -13,13 +13,13 @@ from jaxtyping import Bool, Float
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """A promise about the answers that are given out instead of the model's own.
+    """The promised accuracy of answers that are given out instead of the model's own.
 
-    Without a tolerance and a disagreement, everything may be given out.
+    Without a tolerance and a disagreement, all answers may be given out.
 
     Attributes:
-        max_disagreement: The largest share of the answers given out approximately whose label may
-            differ from the model's own.
+        max_disagreement: The largest share of approximate answers given out whose label may differ
+            from the model's own.
         tolerance: The largest error bar, in units of the outputs.
         coverage: The share of errors that error bars cover.
     """
@@ -30,17 +30,17 @@ class Accuracy:
 
     @property
     def promises(self) -> bool:
-        """True if not everything may be given out."""
+        """True if some answers may not be given out."""
         return self.max_disagreement is not None or self.tolerance is not None
 
     @property
     def promised(self) -> float:
-        """The share of the answers given out that may have a wrong label or too short a bar."""
+        """The share of answers given out that may have a wrong label or an error beyond its bar."""
         outside = 0.0 if self.tolerance is None else 1 - self.coverage
         return min((self.max_disagreement or 0.0) + outside, 1.0)
 
     def missed(self, wrong: Any, excess: Any) -> Bool[np.ndarray, "*answers"]:
-        """Return which answers miss the promise, by their label or their error.
+        """Return the mask of answers that miss the promise, by their label or their error.
 
         Args:
             wrong: Whether the label is wrong.
@@ -55,9 +55,9 @@ class Accuracy:
 
 
 def error_ratios(error: Any, bound: Any) -> Float[np.ndarray, "*answers"]:
-    """Return errors over their bounds.
+    """Return the ratios of errors to their bounds.
 
-    Where there is no error that is 0, whatever the bound; where the bound is unknown, infinite.
+    A ratio is 0 without an error, whatever the bound, and infinite if it would be NaN.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = np.where(error > 0, error / bound, 0.0)
@@ -67,7 +67,7 @@ def error_ratios(error: Any, bound: Any) -> Float[np.ndarray, "*answers"]:
 def risk_cap(share: float) -> float:
     """Return the largest error probability of a single answer, if this share may be wrong.
 
-    No answer may be wrong with more than five times the share, nor with more than one half.
+    It is five times the share, but at most one half, unless the share itself is larger.
     """
     return max(min(5 * share, 0.5), share)
 
@@ -75,13 +75,13 @@ def risk_cap(share: float) -> float:
 def within_bound(wrong: Any, number: Any, share: float, failure: float = 0.25) -> Any:
     """Return whether the upper confidence bound of a share of wrong answers is at most `share`.
 
-    The bound is that of Clopper and Pearson (1934), and fails with the probability `failure`; the
-    sequential test of what is given out finds it if that matters. Decoded digits, random
-    stragglers, 5 % allowed: with 0.1, 0.25, 0.4 it gives out 84, 86, 89 % of what is given out
-    without a bound, and 2.2, 3.2, 3.6 % of that is wrong.
+    The bound is that of Clopper and Pearson (1934), and fails with the probability `failure`; if it
+    fails by much, the sequential test of the answers given out notices. Measured on decoded digits
+    with random stragglers, 5 % allowed: with 0.1, 0.25, 0.4, as many answers are given out as 84,
+    86, 89 % of those given out without a bound, and 2.2, 3.2, 3.6 % of them are wrong.
 
     Args:
-        wrong: The number of wrong answers, or an array of such.
+        wrong: The number of wrong answers, or an array of numbers.
         number: The number of independent answers.
         share: The share that is allowed.
         failure: The probability with which the bound fails.
@@ -99,12 +99,12 @@ def upper_bound(
     """Return upper confidence bounds of shares.
 
     Args:
-        wrong: Observed shares.
-        number: Independent answers that each share was observed on, which need not be whole.
+        wrong: The observed shares.
+        number: The number of independent answers of each share, not necessarily an integer.
         failure: The probability with which a bound fails (Clopper and Pearson 1934). None counts
-            one more wrong answer than there were, and adds two standard errors: tighter where none
-            was wrong, and wider where many were. With Clopper and Pearson's at 0.025 in its place,
-            0.79 of the answers were given out instead of 0.88 in three of 36 cells.
+            one more wrong answer than observed, and adds two standard errors: tighter if no answer
+            was wrong, and wider if many were. With Clopper and Pearson's at 0.025 instead, 0.79 of
+            the answers were given out instead of 0.88 in three of 36 cells.
     """
     if failure is None:
         deviation = np.sqrt(wrong * (1 - wrong) / np.maximum(number, 1e-9))
@@ -116,14 +116,14 @@ def upper_bound(
 
 
 def conformal_quantile(ratios: Float[np.ndarray, " rows"], coverage: Any) -> Any:
-    """Return the ratio that covers a share of others; infinite where there are too few.
+    """Return the ratio that covers a share of new ratios; infinite if there are too few ratios.
 
-    The k-th of n ratios covers `k / (n + 1)` of others like them (Lei et al. 2018,
-    "Distribution-free predictive inference for regression").
+    The k-th of n ratios covers `k / (n + 1)` of new ones from the same distribution (Lei et al.
+    2018, "Distribution-free predictive inference for regression").
 
     Args:
         ratios: Observed ratios of error to deviation.
-        coverage: The share, or an array of such.
+        coverage: The share, or an array of shares.
     """
     place = np.ceil((len(ratios) + 1) * np.asarray(coverage) - 1e-9).astype(int) - 1
     return np.append(np.sort(ratios), np.inf)[np.minimum(place, len(ratios))]
@@ -137,13 +137,14 @@ def bar_factor(
 ) -> float:
     """Return the factor by which deviations become error bars of the promised coverage.
 
-    They have to be right for what is given out, not for all; a factor of infinity gives out none.
+    With a tolerance, the coverage holds for the rows that are given out; no row is given out if the
+    factor is infinite.
 
     Args:
-        deviation: Deviations, at each look at which a row may be given out; infinite for unknown.
-        error: Errors.
+        deviation: Deviations at each look at which a row may be given out; infinite if unknown.
+        error: Errors at each look.
         accuracy: The coverage, and the tolerance if there is one.
-        number: The number of different rows, where the same ones come several times.
+        number: The number of different rows, if rows occur several times.
     """
     ratios = error_ratios(error, deviation)
     factor = float(conformal_quantile(ratios[np.isfinite(deviation)], accuracy.coverage))
@@ -160,20 +161,20 @@ def least_factor(
     accuracy: Accuracy,
     number: int,
 ) -> float:
-    """Return the least factor, from 1 to 32, with which error bars hold for what is given out.
+    """Return the least factor of error bars, from 1 to 32, that suffices for rows given out.
 
-    They hold where no more errors are beyond them than a finite-sample bound allows
+    It suffices if no more errors exceed their bars than a finite-sample bound allows
     (`within_bound`). A row is given out at the first look at which its bound is within the
     tolerance.
 
     Args:
         bounds: Error bounds.
-        excess: Errors over their bounds.
+        excess: The ratios of errors to their bounds.
         accuracy: The tolerance and the coverage.
         number: As for `bar_factor`.
 
     Returns:
-        The factor; infinite where none would do.
+        The factor; infinite if none suffices.
     """
     assert accuracy.tolerance is not None
     rows, times = np.arange(len(bounds)), number / max(len(bounds), 1)

@@ -1,20 +1,20 @@
-"""The check of an answer: does it look like the model's own, by what a surrogate predicts?
+"""The check of an answer: whether it looks wrong, compared with a surrogate's prediction.
 
-A logistic regression weighs how far the answer is from the prediction, how far the prediction
-prefers another label, by how much the answer's label leads, how far the answer is from other right
-ones whatever its query was, and the products of any two of these. Before, predictions are corrected
-by a linear regression of right answers on them. The logistic one learns from right answers and from
-wrong ones that are made of these: the answers of other queries, and right ones with noise. Of
-either, those with another label count, where labels matter.
+First, predictions are corrected by a linear regression of right answers on them. Then a logistic
+regression weighs the distance of the answer from the prediction, how much the prediction prefers
+another label, the margin of the answer's label, the distance of the answer from other right answers
+(whatever its query), and the products of any two of these. It is fitted to right answers and to
+synthetic wrong ones: the answers to other queries, and right answers with noise. For labels, only
+wrong answers with another label are used.
 
-An answer nearer to its prediction than nearly all wrong ones are, in units of the deviation, is not
-looked at more closely: most right answers are.
+An answer whose distance from its prediction, in units of the deviation, is smaller than that of
+nearly all wrong answers is not checked further. This holds for most right answers.
 
-The limit is a conformal quantile over right answers that the regression has not seen, so that the
-share of right answers beyond it is as stated, whatever the regression is worth (Papadopoulos et al.
+The limit is a conformal quantile over right answers that were not used for the regression. So the
+share of right answers beyond it is as stated, however good the regression is (Papadopoulos et al.
 2002, "Inductive confidence machines for regression").
 
-All is done by NumPy: every answer is checked, and a call of JAX costs more than the check.
+All of this uses NumPy: every answer is checked, and a call of JAX costs more than the check.
 """
 
 import dataclasses
@@ -27,18 +27,18 @@ from ._accuracy import conformal_quantile
 from ._error_probability import logistic_regression
 from ._features import lead_of
 
-_REFERENCES = 256  # right answers that others are compared with
-_COVARIANCES = 256  # outputs, at most, whose covariance is taken into account
-_SHRINK = 1e-3  # of a covariance to a multiple of the identity
+_REFERENCES = 256  # right answers with which answers are compared
+_COVARIANCES = 256  # the most outputs for which covariances are used
+_SHRINK = 1e-3  # the shrinkage of a covariance towards a multiple of the identity
 _LEAST = 1e-12
-_CLEAR = 0.002  # of wrong answers, the share that is cleared by their small residuals
-_RIDGE = 0.01  # of the correction, in rows, for each output
-# Of each kind of wrong answers, how many times they are drawn, and of how many right ones; and the
-# sizes of the noise, in units of the answers' standard deviation. With `_RIDGE` and the features
-# these were confirmed on 5,000 of RepVGG's training images.
+_CLEAR = 0.002  # the share of wrong answers that are cleared by their small residuals
+_RIDGE = 0.01  # the ridge of the correction, in rows, for each output
+# For each kind of wrong answers, the number of draws, and of right answers in each; and the sizes
+# of the noise, in units of the answers' standard deviation. With `_RIDGE` and the features these
+# were confirmed on 5,000 of RepVGG's training images.
 _DRAWS, _ROWS = 3, 1024
 _NOISE = (0.3, 0.6, 1.0)
-_ALONG, _ACROSS = 0.7, 0.3  # of the noise, as outputs vary together, and each by itself
+_ALONG, _ACROSS = 0.7, 0.3  # the parts of the noise with the outputs' correlations, and without
 
 
 _Numbers: TypeAlias = Float[np.ndarray, " queries"]
@@ -50,17 +50,18 @@ class AnswerCheck:
     """A calibrated check of answers.
 
     Attributes:
-        slope: The slope of right answers by predictions.
-        offset: The constant of the same regression.
+        slope: The slope of the regression of right answers on predictions.
+        offset: The constant of this regression.
         residual: Maps residuals over deviations to uncorrelated ones.
         centre: The mean of right answers.
-        typical: Maps differences from it to uncorrelated ones.
-        references: Right answers, mapped so.
-        squares: The squares of their lengths.
-        weights: The regression's weights of the products of features.
-        far: The features of distances beyond which all looks wrong: the largest ones that it has
-            learned from, or less.
-        clear: The mean square residual, in units of the deviation, up to which none looks wrong.
+        typical: Maps differences from `centre` to uncorrelated ones.
+        references: Right answers, mapped by `typical`.
+        squares: The squared lengths of the references.
+        weights: The logistic regression's weights of the products of features.
+        far: The distance features beyond which every answer looks wrong: the largest ones in the
+            fit, or less.
+        clear: The mean squared residual, in units of the deviation, up to which no answer looks
+            wrong.
         limit: The largest score of an answer that does not look wrong.
         labels: Whether the largest output is a label.
     """
@@ -85,11 +86,11 @@ class AnswerCheck:
 
         Args:
             mean: The surrogate's predictions.
-            deviation: Their deviations.
+            deviation: The predictions' deviations.
             answers: The answers.
         """
         deviation = np.maximum(deviation, _LEAST)
-        mean = _mapped(mean, self.slope) + self.offset  # as right answers are, by the regression
+        mean = _mapped(mean, self.slope) + self.offset  # the corrected predictions
         ratios = (answers - mean) / deviation[:, None]
         found = np.ones((len(answers), 8 if self.labels else 5), np.float32)
         found[:, 1] = _square(ratios)
@@ -107,21 +108,21 @@ class AnswerCheck:
         return found
 
     def scores(self, mean: _Vectors, deviation: _Numbers, answers: _Vectors) -> _Numbers:
-        """Return how wrong answers look; arguments as for `features`."""
+        """Return scores, larger for answers that look more wrong; arguments as for `features`."""
         assert self.weights is not None
         features = self.features(mean, deviation, answers)
         found = np.einsum("qf,qf->q", features @ self.weights, features)
-        # Where nothing was learned from, products may say anything.
+        # Products of features are meaningless far beyond those of the fit.
         return np.where((features[:, 1:4] > self.far).any(axis=1), np.inf, found)
 
     def clear_squares(self, mean: _Vectors, deviation: _Numbers) -> _Numbers:
-        """Return the squares of residuals up to which answers are cleared."""
+        """Return the squared residuals up to which answers do not look wrong."""
         return self.clear * (mean.shape[1] * np.maximum(deviation, _LEAST) ** 2)
 
     def suspicious(
         self, mean: _Vectors, deviation: _Numbers, answers: _Vectors
     ) -> Bool[np.ndarray, " queries"]:
-        """Return which answers look wrong; arguments as for `features`."""
+        """Return the mask of answers that look wrong; arguments as for `features`."""
         with np.errstate(all="ignore"):
             clear = self.clear_squares(mean, deviation)
             found = ~(_square(answers - mean) <= clear)  # NaN is wrong
@@ -144,17 +145,17 @@ def fit_answer_check(
     """Calibrate a check on right answers.
 
     Args:
-        mean: The surrogate's predictions, made before it knew the answers, in their order.
-        deviation: Their deviations.
+        mean: The surrogate's predictions, made before it learned the answers, in order of time.
+        deviation: The predictions' deviations.
         answers: The model's right answers.
         rate: The share of right answers that may look wrong.
         labels: Whether the largest output is a label.
-        seed: Of the wrong answers that are made.
-        blatant: The part of the rate that goes to the largest residuals, whatever the regression
-            says: where a few of the answers may be wrong, it may have learned that such are right.
+        seed: The seed of the synthetic wrong answers.
+        blatant: The part of `rate` that is spent on the largest residuals, whatever the regression
+            says. A few of the answers may be wrong, and the regression takes these for right ones.
 
     Returns:
-        A check. Nothing looks wrong to it where there are too few answers for the rate.
+        A check. With too few answers for the rate, no answer looks wrong to it.
     """
     random, half = np.random.default_rng(seed), len(answers) // 2
     early = mean[:half], deviation[:half], answers[:half]
@@ -167,7 +168,7 @@ def fit_answer_check(
     squares = (references**2).sum(axis=1)
     references = np.ascontiguousarray(references.T)
     check = AnswerCheck(slope, offset, residual, centre, typical, references, squares, labels)
-    # A reference is at no distance from itself.
+    # References are left out of the fit, since their distance from themselves is 0.
     others = mean[number:half], deviation[number:half], answers[number:half]
     made = _wrong(*others, labels, random)
     right, wrong = check.features(*others), check.features(*made)
@@ -186,7 +187,7 @@ def fit_answer_check(
         residuals = check.features(mean, deviation, answers)[:, 1]
         largest = conformal_quantile(residuals, 1 - blatant * rate)
         check = dataclasses.replace(check, far=np.minimum(far, [largest, np.inf, np.inf]))
-    # The later ones: as a learner learns, its predictions become like those to come.
+    # The later half: as a learner learns, its predictions become more like future ones.
     late = mean[half:], deviation[half:], answers[half:]
     cleared = _square(late[2] - late[0]) <= check.clear_squares(*late[:2])
     scores = np.where(cleared, -np.inf, check.scores(*late))
@@ -196,11 +197,9 @@ def fit_answer_check(
 def _correction(
     mean: _Vectors, deviation: _Numbers, answers: _Vectors
 ) -> tuple[np.ndarray, Float[np.ndarray, " m"]]:
-    """Return slope and offset of answers by predictions: weighted least squares.
+    """Return slope and offset of answers by predictions, from weighted least squares.
 
-    Its ridge is about the slope 1.
-
-    More outputs than have covariances are not corrected.
+    The ridge pulls the slope towards 1. More than `_COVARIANCES` outputs are not corrected.
     """
     outputs = mean.shape[1]
     residual = (answers - mean).astype(np.float64)
@@ -224,7 +223,7 @@ def _wrong(
     labels: bool,
     random: np.random.Generator,
 ) -> tuple[np.ndarray, ...]:
-    """Return wrong answers: those of other queries, and right ones with noise."""
+    """Return synthetic wrong answers: those to other queries, and right ones with noise."""
     scale = answers.std(axis=0)
     along = np.linalg.pinv(_whitening(answers)) if answers.shape[1] <= _COVARIANCES else None
     found = []
@@ -243,7 +242,7 @@ def _wrong(
 
 
 def _whitening(x: _Vectors) -> np.ndarray:
-    """Return the map to coordinates of variance 1 that are uncorrelated, if there are few."""
+    """Return the map to coordinates of variance 1; uncorrelated ones, if there are few outputs."""
     if x.shape[1] > _COVARIANCES:
         return (1 / np.sqrt(np.var(x, axis=0) + _LEAST)).astype(np.float32)
     covariance = np.atleast_2d(np.cov(x, rowvar=False))

@@ -1,16 +1,16 @@
 """The probability that a predicted label differs from the model's own.
 
 A decoded prediction has a standard deviation (the code's or the surrogate's) and a margin, by which
-its largest output leads the second. Their ratio ranks predictions by how sure their label is. How
-sure a ratio makes them depends on the model, so it is measured on unlabelled data that are coded
-under straggler sets: a logistic regression gives the probability (Platt 1999, "Probabilistic
-outputs for support vector machines"), and isotonic regression on its bins corrects what does not
-have that form (Zadrozny and Elkan 2002, "Transforming classifier scores into accurate multiclass
-probability estimates"). The largest probability that may be given out is chosen on the same data,
-by an upper bound of the share of wrong labels (`upper_bound`).
+its largest output leads the second. Their ratio ranks predictions by the certainty of their labels.
+The probability for a given ratio depends on the model, so it is measured on unlabelled data that
+are coded under straggler sets: a logistic regression gives the probability (Platt 1999,
+"Probabilistic outputs for support vector machines"), and isotonic regression on its bins corrects
+deviations from that form (Zadrozny and Elkan 2002, "Transforming classifier scores into accurate
+multiclass probability estimates"). The largest probability at which answers may be given out is
+chosen on the same data, by an upper bound of the share of wrong labels (`upper_bound`).
 
-One calibration serves predictions of schemes, a server's decoded queries, and a surrogate's
-answers: they differ in their features (`label_features`, `decoding_features`).
+The same calibration is used for predictions of schemes, a server's decoded queries, and a
+surrogate's answers; only their features differ (`label_features`, `decoding_features`).
 """
 
 from collections.abc import Sequence
@@ -29,19 +29,19 @@ from ._features import label_features
 class ErrorProbability(eqx.Module):
     """A calibrated probability that a label differs from the model's own.
 
-    `calibrate_error_probability` makes one.
+    `calibrate_error_probability` creates one.
 
     Attributes:
         weights: The logistic regression's weights.
-        knots: Log-odds at which a correction is known; it is linear between them.
+        knots: The log-odds of the correction's knots; it is linear between them.
         shifts: The correction that is added to the log-odds at each knot.
-        levels: Probabilities in increasing order, from 0 on.
+        levels: Probabilities in increasing order, from 0.
         bounds: For each level, an upper confidence bound of the share of wrong labels among the
-            predictions up to it, the exact ones not counted.
+            predictions up to it, not counting exact ones.
         shares: For each level, the share of data points above it, which the model must answer.
-        form: The structure of the outputs, where they are not vectors.
-        conditions: The conditions of the calibration's answers. `coded_inference` and
-            `pool_inference` warn (`CalibrationWarning`) where others hold.
+        form: The structure of the outputs; None if they are vectors.
+        conditions: The precision and platform of the calibration's answers. `coded_inference` and
+            `pool_inference` warn (`CalibrationWarning`) under other conditions.
     """
 
     weights: Float[Array | np.ndarray, " features"]
@@ -62,8 +62,8 @@ class ErrorProbability(eqx.Module):
         """Return the probability that each label differs from the model's own.
 
         Args:
-            predictions: Predicted outputs as vectors. Where the outputs have several labels
-                (`form`), the probability is that any of them differs.
+            predictions: Predicted outputs as vectors. If the outputs have several labels (`form`),
+                the probability is that any of them differs.
             deviation: Standard deviations of the predictions.
             cheap: The surrogate's outputs, if the calibration had a surrogate.
 
@@ -83,7 +83,7 @@ class ErrorProbability(eqx.Module):
         return xp.where(xp.isfinite(predictions).all(axis=-1), probability, 1)
 
     def of_features(self, features: Float[Any, "*points features"]) -> Float[Any, "*points"]:
-        """Return the probability for the features that it was calibrated with (`_features`)."""
+        """Return the probability for features of the kind used for calibration (`_features`)."""
         xp = namespace(features)
         weights, knots, shifts = (
             xp.asarray(each, features.dtype) for each in (self.weights, self.knots, self.shifts)
@@ -97,14 +97,14 @@ class ErrorProbability(eqx.Module):
 
         Args:
             max_disagreement: The largest share of the labels given out that may differ from the
-                model's, the exact ones not counted (Geifman and El-Yaniv 2017, "Selective
+                model's, not counting exact ones (Geifman and El-Yaniv 2017, "Selective
                 classification for deep neural networks").
 
         Returns:
-            The limit; 0 where only the model's own answers will do. No prediction may be wrong with
-            more than five times the share that was asked for, nor with more than one half. The
-            limit holds in the mean over data and stragglers like those of the calibration, for
-            about 97 % of calibrations.
+            The limit; 0 if only the model's own answers may be given out. It is at most five times
+            `max_disagreement`, and at most one half unless that is larger. The share of wrong
+            labels then holds in the mean over data and stragglers like those of the calibration,
+            for about 97 % of calibrations.
 
         Raises:
             ValueError: `max_disagreement` is outside [0, 1].
@@ -132,15 +132,15 @@ def logistic_regression(
     falling: Sequence[int] = (),
     count: float = 1.0,
 ) -> Float[np.ndarray, " features"]:
-    """Return the most likely weights of a logistic regression with a ridge.
+    """Return the weights of a logistic regression with a ridge.
 
     `expit(features @ weights)` is the probability of being wrong. Features are standardised and
-    have a unit ridge, but for the first, which is constant. Half a wrong and half a right sample
-    are added at the mean, so that there is a result where none was wrong, or all were.
+    have a unit ridge, except the first, which is constant. Half a wrong and half a right sample are
+    added at the mean, so that there is a result if no sample was wrong, or all were.
 
-    The method is a projected Newton's (Bertsekas 1982, "Projected Newton methods for optimization
+    The method is projected Newton (Bertsekas 1982, "Projected Newton methods for optimization
     problems with simple constraints"). 20,000 samples of 5 features take 10 ms of one core; SciPy's
-    L-BFGS-B finds the same in 80 ms of two, since its BLAS wakes threads at every step.
+    L-BFGS-B finds the same in 80 ms of two cores, since its BLAS wakes threads at every step.
 
     Args:
         features: One row for each sample; the first feature is the constant.
@@ -157,7 +157,7 @@ def logistic_regression(
     if len(features) == 0:
         return np.zeros(width)
     mean, scale = features.mean(axis=0), features.std(axis=0)
-    scale = np.where(scale > 1e-6, scale, 1)  # what hardly varies tells nothing
+    scale = np.where(scale > 1e-6, scale, 1)  # a feature that hardly varies is not scaled up
     mean[0], scale[0] = 0, 1
     z = np.concatenate([(features - mean) / scale, np.eye(1, width)])
     counts, target = np.append(np.full(len(wrong), count), 1.0), np.append(wrong, 0.5)
@@ -176,7 +176,7 @@ def logistic_regression(
         slope = z.T @ (counts * (probability - target)) + ridge * weights
         spread = counts * probability * (1 - probability)
         curvature = z.T @ (z * spread[:, None]) + np.diag(ridge)
-        # What stands at zero and would rise stays there.
+        # Bounded weights that are zero and would become positive stay zero.
         free = ~(bounded & (weights == 0) & (slope < 0))
         step = np.zeros_like(weights)
         step[free] = np.linalg.solve(curvature[np.ix_(free, free)], -slope[free])
@@ -189,7 +189,7 @@ def logistic_regression(
                 break
             step /= 2
         else:
-            break  # rounding is all that is left
+            break  # only rounding errors are left
         length, weights, least = np.max(np.abs(moved - weights)), moved, found
         if length < 1e-7:
             break
@@ -213,25 +213,27 @@ def fit_error_probability(
 ) -> ErrorProbability:
     """Fit an error probability to observed errors.
 
-    A logistic regression ranks labels by their features, a correction makes its probabilities right
+    A logistic regression ranks labels by their features, a correction calibrates its probabilities
     bin by bin, and the share of wrong labels up to each probability is bounded from above. A sample
     is given out at the first look at which its probability is small enough. It counts as wrong from
-    the least probability on that it has at any look with a wrong label, which bounds the share of
-    wrong labels and grows with the limit.
+    the least probability that it has at any look with a wrong label. This bounds the share of wrong
+    labels, and grows with the limit.
 
     Args:
-        features: The features of each sample at each look, of which the first is constant.
-        wrong: Whether its label differs from the model's own.
-        usable: Whether the features say anything; a label is wrong for sure where they do not.
+        features: The features of each sample at each look; the first is constant.
+        wrong: Whether the label of each sample at each look differs from the model's own.
+        usable: Whether the features are informative; otherwise the probability is 1.
         sure: Whether a prediction is the model's own answer, whatever its features.
-        owners: What makes samples go wrong together: the group of each, the straggler set of each.
-            Owners are independent of each other. The first splits the samples for cross-fitting.
-        points: The number of different data points, where samples are these under several sets.
-        falling: Features that must not raise the probability.
+        owners: For each cause of common errors, the owner of each sample: its group, and its
+            straggler set. Different owners are independent. The first array splits the samples for
+            cross-fitting.
+        points: The number of different data points, if samples repeat them under several sets.
+        falling: The features that must not raise the probability.
         failure: As for `upper_bound`. With 0, 1, 2, 3 standard errors the allowance was exceeded in
-            12, 4, 0, 0 % of the cases below, and of 0.5 % 58, 59, 59, 60 % went to the model.
-        form: The structure of the outputs, if they may be no vectors.
-        conditions: The conditions of the answers.
+            12, 4, 0, 0 % of the cases below, and with 0.5 % allowed 58, 59, 59, 60 % went to the
+            model.
+        form: The structure of the outputs, if they may not be vectors.
+        conditions: The precision and platform of the answers.
     """
     usable = np.ones(wrong.shape, bool) if usable is None else usable
     sure = np.zeros(len(wrong), bool) if sure is None else sure
@@ -239,14 +241,14 @@ def fit_error_probability(
     used = usable & ~sure[:, None]
     thin = slice(None, None, max(int(used.sum()) // 50_000, 1))
     flat, missed = features[used][thin].astype(np.float64), wrong[used][thin]
-    # A data point is much the same under all sets and looks: it counts once in all.
+    # A data point is similar under all sets and looks, so together these count once.
     count = min(points / max(len(flat), 1), 1.0)
     owner = owners[0] if owners else np.arange(len(wrong))
     owner = np.broadcast_to(owner[:, None], wrong.shape)[used][thin]
 
-    # A regression on few samples is too sure of itself on others. The excess is measured where the
-    # regression is made without a part of the owners, and the log-odds are scaled by it (van
-    # Houwelingen and Le Cessie 1990, "Predictive value of statistical models").
+    # A regression on few samples is too confident on others. This is measured by cross-fitting, in
+    # which each part of the owners is predicted without it, and the log-odds are scaled accordingly
+    # (van Houwelingen and Le Cessie 1990, "Predictive value of statistical models").
     weights = logistic_regression(flat, missed, falling, count)
     logit, folds = flat @ weights, 5  # miscalibration with 2, 5, 10: 0.057, 0.051, 0.054
     for fold in range(folds):
@@ -255,7 +257,7 @@ def fit_error_probability(
             others = logistic_regression(flat[~part], missed[~part], falling, count)
             logit[part] = flat[part] @ others
     shift, scale = logistic_regression(np.stack([np.ones_like(logit), logit], axis=-1), missed)
-    # Where it says hardly anything, some order is left. Use with 0.0001, 0.1, 0.3: .27, .43, .44.
+    # An uninformative regression keeps some order. Use with 0.0001, 0.1, 0.3: .27, .43, .44.
     scale = max(scale, 0.1)
     weights = scale * weights + shift * np.eye(1, len(weights))[0]
     knots, shifts = _correction(scale * logit + shift, missed, count)
@@ -274,20 +276,20 @@ def fit_error_probability(
 
 
 # The constants were measured on a synthetic classifier, NeRCC (4, 7) with Chebyshev and repeated
-# points, 35 straggler sets, calibrated on 100 or 400 groups (six draws) and judged on 800 others.
+# points, 35 straggler sets, calibrated on 100 or 400 groups (six draws) and tested on 800 others.
 # The figures are means over these of "miscalibration", the worst of five bins' |log(observed /
-# promised)|; of "use", the disagreement over what was allowed (0.5 and 2 %); or of what is named.
+# promised)|; of "use", the ratio of the disagreement to the allowed one (0.5 and 2 %); or as named.
 SUREST = 1 - 1e-6  # the largest probability of an error
 
 
 def _correction(
     logit: Float[np.ndarray, " samples"], wrong: Bool[np.ndarray, " samples"], count: float
 ) -> tuple[Float[np.ndarray, " bins"], Float[np.ndarray, " bins"]]:
-    """Return knots and shifts that make log-odds right in each bin.
+    """Return knots and shifts that calibrate log-odds in each bin.
 
     The same number of wrong samples is expected in each bin; each sample counts as `count`. Bins
-    with fewer errors than a bin below share their mean (isotonic regression), but for a slight
-    slope that keeps the order. There are always as many knots; the last one is repeated.
+    with fewer errors than a bin below share their mean (isotonic regression), except for a slight
+    slope that keeps the order. The number of knots is fixed; the last shift is repeated.
     """
     from scipy.optimize import isotonic_regression  # late: a quarter of the package's import time
     from scipy.special import expit
@@ -295,7 +297,7 @@ def _correction(
 
     # Miscalibration with 8, 32, 128 bins: 0.052, 0.051, 0.051; with 3, 10, 30 expected errors in
     # each: 0.053, 0.051, 0.048; with log-odds rounded to 1, 3, 6 digits: 0.046, 0.051, 0.051. Equal
-    # ones are in one bin, so that knots are never too close together.
+    # log-odds share a bin, so that knots are never too close together.
     bins, errors, slope = 32, 10, 0.05  # use with slopes of 0, 0.05, 0.2: 0.27, 0.43, 0.44
     if len(logit) == 0:
         return np.zeros(bins), np.zeros(bins)
@@ -308,7 +310,7 @@ def _correction(
     place = place[np.searchsorted(logit, logit)]
     sums = [np.bincount(place, each, minlength=number) for each in (None, expected, wrong)]
     counts, expected, seen = (each[sums[0] > 0] for each in sums)
-    # One more is expected, and seen: it weighs where there are hardly any.
+    # One more error is expected, and seen, which matters in bins with hardly any errors.
     more = (count * seen + 1) / (count * expected + 1)
     share = np.minimum(more * expected / counts, SUREST)
     share = isotonic_regression(share, weights=counts).x
@@ -328,13 +330,13 @@ def _curve(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return levels of probability, a bound of the share of wrong labels, and the share above each.
 
-    Each data point counts once, whatever the sets that it was seen under, and less where the share
-    varies more between owners than independent data points would let it (Kish 1965, "Survey
-    sampling": the design effect).
+    Each data point counts once, under however many sets it was seen, and less if the share varies
+    more between owners than it would for independent data points (Kish 1965, "Survey sampling": the
+    design effect).
     """
     order, number = np.sort(answered), len(answered)
-    # Beyond the exact ones, every so many a level, above all that are the same but for the rounding
-    # of float32 in another program. Use with 64, 512, 4,096 levels: 0.36, 0.43, 0.45.
+    # Beyond the exact ones, 512 levels at regular places, each slightly raised above values that
+    # differ only by float32's rounding. Use with 64, 512, 4,096 levels: 0.36, 0.43, 0.45.
     places = np.linspace(sure, number - 1, 512).round().astype(int)
     above = np.minimum(order[places[places < number]] * (1 + 1e-5), SUREST)
     levels = np.concatenate([[0.0], above])

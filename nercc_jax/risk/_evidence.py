@@ -1,14 +1,13 @@
-"""Evidence on the rows that straggle: which approximate answers may be given out for them.
+"""Evidence on straggling rows: which approximate answers may be given out for them.
 
-Rows may be slow because of what they are, so evidence on all rows says little about those that
-straggle. Each straggling row for which there was an approximate answer is compared with the
-model's own answer once that comes, whether the approximate one was given out or not. The limit is
-the largest score up to which no more answers were wrong than a finite-sample bound allows, error
-bars are widened until no more of those that are given out are too short than the same bound allows,
-and a `RiskMonitor` tests all that was given out.
+Rows may be slow because of their content, so evidence on all rows says little about straggling
+ones. The approximate answer of each straggling row is compared with the model's own answer once
+that arrives, whether the approximate one was given out or not. The limit of scores is the largest
+one up to which no more answers were wrong than a finite-sample bound allows. Error bars are widened
+until no more of those given out are too short than the same bound allows. A `RiskMonitor` tests all
+answers that were given out.
 
-Decoded and predicted answers of a server, and rows that `run_rows` predicts, go by the same
-evidence, whatever their scores are made of.
+Decoded and predicted answers of a server, and rows that `run_rows` predicts, use the same evidence.
 """
 
 import collections
@@ -24,29 +23,29 @@ from ._accuracy import Accuracy, conformal_quantile, least_factor, risk_cap, wit
 from ._monitor import RiskMonitor
 
 _ROWS = 1024  # the latest rows that count
-# The bound has to hold for the latest rows by themselves, too, unless all of them are right; and
-# for every eight rows a calibration counts as one right answer less. Digits, decoded by a tuned
-# code and then inverted, 5 % allowed, 100 replayed runs of 140 and 530 stragglers: 4.5 % of what is
-# given out after the change is wrong, 5.6 % if one of the latest may always be; before it 2 % less
-# is given out, after it 17 %.
+# The bound must also hold for the latest `_RECENT` rows alone, unless all of them are right; and
+# for every `_FADING` rows a calibration counts as one right answer less. Measured on digits decoded
+# by a tuned code, inverted from some time on, 5 % allowed, 100 replayed runs of 140 and 530
+# stragglers: 4.5 % of the answers given out after the change are wrong, 5.6 % if one of the latest
+# may always be wrong; before the change 2 % fewer answers are given out, after it 17 %.
 _RECENT, _FADING = 100, 8
-# Answers that may be given out before any was compared; later, as many more as were compared.
+# The most answers given out that are not compared yet, beyond the number of compared ones.
 _UNSEEN = 32
-_BARS = 20  # rows, at least, by which the error bars of others are known
+_BARS = 20  # the fewest rows from which error bars are calibrated
 
 Number: TypeAlias = float | np.ndarray
 
 
 class _Limits(NamedTuple):
-    """The decision that follows from the evidence.
+    """The limits that follow from the evidence.
 
     Attributes:
-        probability: The largest probability of what is given out of those within a calibration's
-            limit; negative where nothing is.
-        beyond: The same of all others.
-        factor: By which error bounds of what is given out are widened.
-        shift: By which probabilities are too small, in the mean.
-        admitted: The share of straggling rows that would be given out.
+        probability: The largest error probability at which an answer within its calibration's limit
+            is given out; negative if none is.
+        beyond: The same for answers beyond their calibration's limit.
+        factor: The factor by which error bounds are widened.
+        shift: The mean amount by which error probabilities are too small.
+        admitted: The share of straggling rows whose answers would be given out.
     """
 
     probability: float
@@ -58,13 +57,13 @@ class _Limits(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Comparison:
-    """A straggling row whose approximate answer is compared with the model's own.
+    """A comparison of a straggling row's approximate answer with the model's own.
 
     Attributes:
-        probability: The calibrated probability that the label is wrong; NaN where there is none.
-        bound: The error bound of the approximate answer; 0 where there is none.
-        wrong: Whether the label is wrong. Unknown ones count as wrong.
-        excess: The error over its bound; infinite where it is unknown.
+        probability: The calibrated probability that the label is wrong; NaN if there is none.
+        bound: The error bound of the approximate answer; 0 if there is none.
+        wrong: Whether the label is wrong; True if that is unknown.
+        excess: The ratio of the error to its bound; infinite if it is unknown.
     """
 
     probability: float
@@ -77,14 +76,14 @@ class Risk:
     """The decision whether approximate answers to straggling rows may be given out.
 
     Of the answers that are given out, at most a share `max_disagreement` may have a wrong label,
-    and at most a share of `1 - coverage` an error beyond its bar. One thread feeds it; others may
-    read `status`.
+    and at most a share `1 - coverage` an error beyond its bar. Only one thread may change it;
+    others may call `status`.
 
     Attributes:
-        needed: The least number of straggling rows with which the evidence may suffice.
-        epoch: How often the evidence began again.
-        drifts: How often more of the answers were wrong than promised.
-        unknown: The number of answers given out whose rows never got an answer of the model's own.
+        needed: The fewest straggling rows with which the evidence can suffice.
+        epoch: The number of restarts of the evidence.
+        drifts: The number of times that more answers were wrong than promised.
+        unknown: The number of answers given out whose rows never got the model's own answer.
 
     Example:
         >>> from nercc_jax.risk import Accuracy, Comparison, Risk
@@ -99,10 +98,10 @@ class Risk:
         """Start without evidence.
 
         Args:
-            accuracy: The promise.
-            needs_evidence: Whether nothing is given out before evidence on straggling rows
-                suffices. After a drift, it always has to. If not, what a calibration admits counts
-                as right until stragglers show otherwise.
+            accuracy: The promised accuracy.
+            needs_evidence: Whether no answer is given out before the evidence on straggling rows
+                suffices, as always after a drift. Otherwise, answers that a calibration admits are
+                given out until stragglers show that they are wrong.
         """
         self._accuracy = accuracy
         self._share, self._tolerance = accuracy.max_disagreement, accuracy.tolerance
@@ -125,8 +124,8 @@ class Risk:
         Args:
             probability: The calibrated probability that its label is wrong, or an array of these.
             bound: Its error bound.
-            calibrated: Whether it is within the limit of a calibration. If not, other stragglers
-                may still have shown that such answers are right.
+            calibrated: Whether it is within the limit of its calibration. An answer beyond it may
+                still be admitted by the evidence from other stragglers.
         """
         limits = self._limits
         limit = limits.probability if calibrated else limits.beyond
@@ -143,15 +142,12 @@ class Risk:
     def expected(self, probability: Number, bound: Number) -> tuple[Number, Number]:
         """Return the probability that a straggling row's label is wrong, and its error bound.
 
-        They are the calibrated ones, and more where those of other stragglers were too small.
+        They are the calibrated values, enlarged if those of other stragglers were too small.
         """
         return np.minimum(probability + self._limits.shift, 1.0), bound * self._limits.factor
 
     def give(self) -> None:
-        """Count an answer that is given out, and that the model's own answer will be compared to.
-
-        Each must be followed by an `add` with `given`.
-        """
+        """Count an answer that is given out; an `add` with `given` must follow for each."""
         self._pending += 1
 
     def add(
@@ -163,18 +159,18 @@ class Risk:
         unknown: bool = False,
         widened: float = 1.0,
     ) -> bool:
-        """Take a straggling row whose model's answer came, or will never come.
+        """Add a straggling row after the model's own answer arrived, or if it never will.
 
         Args:
             row: The comparison.
             given: Whether the approximate answer was given out (`give`).
-            epoch: The `epoch` when it was made; from before the present one it is no evidence.
-            unknown: The model's own answer will never come.
-            widened: The factor of its bound with which it was given out (`expected`).
+            epoch: The `epoch` when it was computed; an answer of an earlier epoch is no evidence.
+            unknown: Whether the model's own answer will never arrive.
+            widened: The factor by which its bound was widened when given out (`expected`).
 
         Returns:
-            Whether this shows that more answers were wrong than promised. Evidence then begins
-            again.
+            Whether this shows that more answers were wrong than promised: a drift, after which the
+            evidence is restarted.
         """
         if given:
             self._pending -= 1
@@ -194,14 +190,14 @@ class Risk:
     def replace(self, rows: Iterable[Comparison]) -> None:
         """Replace the evidence by comparisons of a newer surrogate with the same rows' answers.
 
-        What was given out stays tested as it was given.
+        The test of answers that were given out is not changed.
         """
         self._rows.clear()
         self._rows.extend(rows)
         self._known = None
 
     def restart(self) -> None:
-        """Discard the evidence after a drift: nothing is given out until there is enough again."""
+        """Discard the evidence after a drift; give no answer out until there is enough again."""
         self.epoch += 1
         self._rows.clear()
         self._monitor.clear()
@@ -210,12 +206,12 @@ class Risk:
 
     @property
     def waits(self) -> bool:
-        """True if nothing is given out before more straggling rows were compared."""
+        """True if no answer is given out before more straggling rows are compared."""
         return self._needs_evidence and self._limits.probability < 0
 
     @property
     def enough(self) -> bool:
-        """True if as many straggling rows were compared as are needed at least."""
+        """True if at least `needed` straggling rows were compared."""
         return len(self._rows) >= self.needed
 
     @property
@@ -225,7 +221,7 @@ class Risk:
 
     @property
     def excesses(self) -> Float[np.ndarray, " rows"]:
-        """The errors of the straggling rows that have a bound, over their bounds."""
+        """The ratios of errors to bounds, of the straggling rows that have a bound."""
         return np.array([row.excess for row in self._rows if not math.isnan(row.bound)])
 
     def status(self) -> dict[str, Any]:
@@ -251,7 +247,7 @@ class Risk:
         return self._known
 
     def _decide(self, rows: list[Comparison]) -> _Limits:
-        """Choose the largest probability, and the factor of error bounds, of what is given out."""
+        """Return the limits that follow from these rows."""
         share, tolerance = self._share, self._tolerance
         if share == 0 or len(rows) < (1 if tolerance is None else _BARS):
             admits = not self._needs_evidence and share != 0
@@ -263,9 +259,9 @@ class Risk:
         limit = beyond = math.inf
         given = np.full(len(rows), True)
         if share is not None:
-            # The largest scores up to which no more were wrong than allowed: of all rows, and of
-            # the latest, since what came before a change of the queries or the model must not count
-            # for long. Rows with the same score are given out together; NaN is never given.
+            # The largest score up to which no more rows were wrong than allowed, both of all rows
+            # and of the latest, since rows from before a change of the queries or the model must
+            # not count for long. Rows with equal scores are given out together, NaN never.
             order = np.argsort(probability, kind="stable")
             scores, recent = probability[order], order >= len(rows) - _RECENT
             errors, late = np.cumsum(wrong[order]), np.cumsum(wrong[order] & recent)
@@ -279,8 +275,8 @@ class Risk:
                     return -1.0
                 return math.inf if found[-1] == len(rows) - 1 else float(scores[found[-1]])
 
-            # What was calibrated counts as so many right answers as suffice by themselves, and
-            # less and less beside stragglers.
+            # A calibration counts as the number of right answers that would suffice alone, less one
+            # for every `_FADING` straggling rows.
             known = 0 if self._needs_evidence else max(self.needed - len(rows) // _FADING, 0)
             limit, beyond = largest(known), largest(0)
             given = probability <= limit
@@ -289,8 +285,8 @@ class Risk:
             factor = least_factor(bound[:, None], excess[:, None], self._accuracy, len(rows))
             if math.isinf(factor):
                 factor = max(conformal_quantile(excess, self._accuracy.coverage), 1.0)
-                # Too few rows within the tolerance show nothing about these. So they are admitted
-                # by what all rows show, unless evidence is needed.
+                # Too few rows within the tolerance are no evidence about such rows. So all rows
+                # decide on them, unless evidence is needed.
                 if self._needs_evidence or np.sum(bound * factor <= tolerance) >= _BARS:
                     limit = beyond = -1.0
             given &= bound * factor <= tolerance

@@ -1,6 +1,6 @@
-"""The features that say how wrong a prediction may be, one function for each kind of source.
+"""The features from which the error of a prediction is estimated, a function for each source.
 
-`margin` and `label_features` run on the host or in programs, by the array.
+`margin` and `label_features` take arrays of NumPy or of JAX, and work inside `jax.jit`.
 """
 
 from collections.abc import Callable
@@ -25,9 +25,9 @@ def label_features(
 ) -> Float[Any, "*points features"]:
     """Return the features of predictions that have a deviation, with the constant first.
 
-    They are the logarithm of margin over deviation (below and above 1 apart, neither of which may
-    raise the probability), the logarithm of the margin, and of a surrogate whether it has the same
-    label, and by how much.
+    They are the logarithm of margin over deviation (its negative and positive parts separately,
+    neither of which may raise the probability); the logarithm of the margin; and, with a surrogate,
+    whether it has the same label, and by how much.
     """
     xp = namespace(predictions, deviation)
     size = xp.log(margin(predictions, form) + _LEAST)
@@ -42,8 +42,8 @@ def label_features(
 def margin(predictions: Float[Any, "*points m"], form: Form | None = None) -> Float[Any, "*points"]:
     """Return by how much the largest output leads the second.
 
-    A single output's margin is its size. Predictions with several labels (`form`) have the margin
-    of their least certain one. On the host or in programs, by the array.
+    A single output's margin is its absolute value. Predictions with several labels (`form`) have
+    the margin of their least certain label.
     """
 
     def of_labels(outputs: Float[Any, "*labels m"]) -> Float[Any, "*labels"]:
@@ -93,19 +93,19 @@ def decoding_features(
 ) -> tuple[Float[np.ndarray, "rows num_data 5"], Bool[np.ndarray, "rows num_data"]]:
     """Return the features of a server's decoded queries, on the host.
 
-    A prediction's squared deviation is the product of the roughness of the path
-    (`AbstractCode.process_variance`) and of how much of that the answers leave open
-    (`posterior_variance`). In a small group the first is hardly known and the second says most, so
-    here a regression weighs margin, roughness and variance separately. Measured with K = 4 and
-    N = 8 interleaved, and at most 5 % of the stragglers' labels wrong: LeNet5 on MNIST resends 42 %
-    of them instead of 50 %, the tuned code on digits 19 % instead of 23 %, and groups of 2 queries
-    5 % instead of 25 %.
+    A prediction's squared deviation is the product of the path's roughness
+    (`AbstractCode.process_variance`) and the relative variance that the answers leave
+    (`posterior_variance`). In a small group the roughness is hardly known and the variance matters
+    most, so here a regression weighs margin, roughness and variance separately. Measured with K = 4
+    and N = 8 interleaved, and at most 5 % of the stragglers' labels wrong: LeNet5 on MNIST resends
+    42 % of them instead of 50 %, the tuned code on digits 19 % instead of 23 %, and groups of 2
+    queries 5 % instead of 25 %.
 
-    A single answer gives no variance, and two answers give no roughness, which is a feature of its
-    own (they have 0). Of predictions with several labels (`form`) the least certain one counts.
+    A single answer gives no variance. Two answers give no roughness; a feature of its own marks
+    this. Of predictions with several labels (`form`) the least certain label counts.
 
     Returns:
-        The features, and a mask of the predictions for which they say anything.
+        The features, and a mask of the predictions for which they are informative.
     """
     informative = np.isfinite(predictions).all(axis=-1) & np.isfinite(variance)
     rough = np.isfinite(roughness) & (roughness > 0)
@@ -117,5 +117,5 @@ def decoding_features(
         ~rough[:, None],
     ]
     features = np.stack([np.broadcast_to(each, informative.shape) for each in features], axis=-1)
-    # Larger logarithms say nothing more.
+    # Larger logarithms carry no more information.
     return np.clip(features, -20, 20).astype(predictions.dtype), informative

@@ -1,4 +1,4 @@
-"""Sequential tests: of workers, and of a promise: at most this share of the answers is wrong.
+"""Sequential tests: whether a promised share of wrong answers holds, and which worker is wrong.
 
 The test bets against the promise. If each answer is wrong with a probability of at most m, given
 all that came before, then the product of `q / m` for each wrong answer and `(1 - q) / (1 - m)` for
@@ -27,7 +27,7 @@ def detect(
 ) -> Float[np.ndarray, " bets"]:
     """Return the e-detector's sums of products after some answers, the right ones first.
 
-    A run of right answers is taken in one step, so that a server's answers cost nothing.
+    A run of right answers is processed in one step, so that a server hardly spends time on it.
 
     Args:
         sums: The sums before, zeros at first. Their mean is the statistic.
@@ -84,8 +84,8 @@ class RiskMonitor:
         if not 0 < false_alarms < 1:
             raise ValueError(f"false_alarms must be between 0 and 1, not {false_alarms}")
         self.promised, self._threshold = promised, 1 / false_alarms
-        # The mean of several bets is a bet: a single 2 would detect an error rate of 4 promises in
-        # twice the time.
+        # The mean of several bets is a bet. The bet 2.0 alone would take twice as long to detect an
+        # error rate of four times the promised one.
         self._ratios = [1.5, 2.0, 4.0, 10.0]
         self.clear()
 
@@ -95,11 +95,11 @@ class RiskMonitor:
         self.number, self.wrong, self.alarm = 0, 0, False
 
     def add(self, losses: Iterable[bool | int]) -> bool:
-        """Take answers in order, by whether each was wrong; return whether to alarm.
+        """Add answers in order, as whether each was wrong; return whether there is an alarm.
 
-        After an alarm it stays on until `clear`.
+        An alarm stays on until `clear`.
         """
-        share = min(max(self.promised, 1e-4), 1 - 1e-4)  # of less, each wrong answer is a drift
+        share = min(max(self.promised, 1e-4), 1 - 1e-4)  # below this, each wrong answer is a drift
         for loss in losses:
             wrong = int(loss)
             self.number, self.wrong = self.number + 1, self.wrong + wrong
@@ -110,21 +110,21 @@ class RiskMonitor:
 
 
 class WorkerMonitor:
-    """Sequential tests of the workers of a pool: is one wrong more often than the others are?
+    """Sequential tests of a pool's workers: whether one is wrong more often than the others.
 
-    An answer is known to be wrong where two other workers agree on another one. So the comparison
-    is made on the same query, and a change of the queries alone accuses nobody. What may still make
-    right workers differ, such as a model that draws random numbers, does so at all of them: the
-    share of wrong answers that a worker is allowed is that of the other workers in the same stretch
-    of answers, and no less than a usual share.
+    An answer counts as wrong if two other workers agree on another answer. So answers to the same
+    query are compared, and a change of the queries alone accuses no worker. Other reasons why right
+    workers differ, such as a model that draws random numbers, affect all of them. So the allowed
+    share of a worker's wrong answers is that of the other workers in the same stretch of answers,
+    and at least a usual share.
 
-    The statistic is that of `RiskMonitor`, with larger bets, because a few wrong answers have to
-    do. While a worker is wrong no more often than it is allowed, it is accused within its first n
-    answers with a probability of at most `n * false_alarms`.
+    The statistic is that of `RiskMonitor`, with larger bets, because a few wrong answers must
+    suffice. A worker that is wrong no more often than allowed is accused within its first n answers
+    with a probability of at most `n * false_alarms`.
 
     Attributes:
-        number: The answers of each worker since its test began.
-        wrong: The wrong ones among them.
+        number: The number of answers of each worker since its test began.
+        wrong: The number of wrong answers among them.
 
     Example:
         >>> from nercc_jax.risk._monitor import WorkerMonitor
@@ -139,8 +139,8 @@ class WorkerMonitor:
         """Start without answers.
 
         Args:
-            num_workers: Workers.
-            usual: The share of wrong answers that each worker is allowed, whatever the others do.
+            num_workers: The number of workers.
+            usual: The share of wrong answers that each worker is always allowed.
             false_alarms: The rate of false accusations per answer.
 
         Raises:
@@ -154,19 +154,19 @@ class WorkerMonitor:
         self._ratios, self._stretch = [4.0, 16.0, 64.0, 256.0, 1024.0], 256
         self._sums = np.zeros((num_workers, len(self._ratios)))
         self.number, self.wrong = [0] * num_workers, [0] * num_workers
-        # Of this stretch and the one before: answers and wrong ones, by worker.
+        # By worker, the answers and the wrong ones of this stretch and the one before.
         self._stretches = np.zeros((2, 2, num_workers), int)
 
     def allowed(self, worker: int) -> float:
         """Return the share of wrong answers that a worker is allowed now."""
         number, wrong = (self._stretches.sum(axis=2) - self._stretches[:, :, worker]).T
-        shares = wrong / np.maximum(number, 128)  # of fewer, no share is known
+        shares = wrong / np.maximum(number, 128)  # fewer answers give no reliable share
         return float(np.clip(shares.max(), self._usual, 0.5))
 
     def add(self, worker: int, *, right: int = 0, wrong: int = 0) -> bool:
-        """Take answers of a worker, the right ones first; return whether to accuse it.
+        """Add answers of a worker, the right ones first; return whether to accuse it.
 
-        Right ones alone accuse nobody.
+        It is never accused without wrong ones.
         """
         sums = detect(self._sums[worker], self.allowed(worker), self._ratios, right, wrong)
         self._sums[worker] = sums
@@ -178,6 +178,6 @@ class WorkerMonitor:
         return wrong > 0 and bool(sums.mean() >= self._threshold)
 
     def restart(self, worker: int) -> None:
-        """Begin a worker's test again, and forget its answers."""
+        """Restart a worker's test, without its earlier answers."""
         self._sums[worker] = self._stretches[:, :, worker] = 0
         self.number[worker] = self.wrong[worker] = 0

@@ -1,20 +1,20 @@
 """The mean, a probability or a quantile over all rows of an ensemble, of which some were computed.
 
-Computed rows count with their own values. The others are predicted, and the predictions corrected
-by rows whose errors are known: those drawn at random, for rows that nobody waited for, and those
-that came late, for rows that are late or missing. This is prediction-powered inference
+Computed rows count with their own values. The others are predicted, and the predictions are
+corrected by rows whose errors are known: rows drawn at random correct rows that were not needed,
+and rows that came late correct rows that are late or missing. This is prediction-powered inference
 (Angelopoulos et al. 2023), stratified by lateness.
 
-Let `g` be what is asked of a row's value, such as whether it exceeds a threshold. Errors are known
-in units of the row's deviation, `z_j = (y_j - p_j) / d_j`, and an open row `i` may have any of the
+Let `g` be a function of a row's value, such as whether it exceeds a threshold. Errors are known in
+units of the row's deviation, `z_j = (y_j - p_j) / d_j`, and an open row `i` may have any of the
 values `p_i + d_i z_j`. The mean and variance of `g` over these are its prediction `m_i` and its
-uncertainty `v_i`. The sum over open rows of one kind, whose weights are `w_i`, is
+uncertainty `v_i`. The sum over open rows of one kind, with weights `w_i`, is
 
     sum_i w_i m_i + b sum_i w_i sqrt(v_i),  b = sum_j (g(y_j) - m_j) / sum_j sqrt(v_j),
 
-a ratio estimator of the error that predictions have in common (Cochran 1977, chapter 6). Its
-variance is `sum_i w_i^2 v_i + (sum_i w_i sqrt(v_i))^2 sum_j v_j / (sum_j sqrt(v_j))^2`, times that
-of the ratio's residuals, less a degree of freedom, over `sum_j v_j / n`, if it is larger.
+with a ratio estimator of the predictions' common error (Cochran 1977, chapter 6). Its variance is
+`sum_i w_i^2 v_i + (sum_i w_i sqrt(v_i))^2 sum_j v_j / (sum_j sqrt(v_j))^2`, times the variance of
+the ratio's residuals, less a degree of freedom, over `sum_j v_j / n` if that exceeds 1.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float, Int
 
 from ._accuracy import conformal_quantile
 
-# Maps values (rows, ...) to a number a row, or to a truth value a row.
+# Maps values (rows, ...) to one number or one boolean a row.
 RowStatistic: TypeAlias = Callable[[Any], Any]
 Weights: TypeAlias = Float[np.ndarray, " rows"] | None
 
@@ -38,12 +38,12 @@ class EnsembleEstimate:
 
     Attributes:
         value: The estimate.
-        interval: Its lower and upper end, which hold with the probability `coverage`.
-        coverage: That probability.
-        from_late: The share of the interval's squared width that late and missing rows have.
-        note: What the interval rests on if not on known errors of rows like those that are open.
-        uncertainty: What each row adds to the estimate's standard deviation, 0 for computed rows;
-            None where nothing is known of predictions' errors.
+        interval: The lower and upper end of its confidence interval.
+        coverage: The probability with which the interval contains the true value.
+        from_late: The share of the interval's variance that is due to late and missing rows.
+        note: A warning, if too few errors of rows like the open ones are known; else empty.
+        uncertainty: Each row's part of the estimate's standard deviation, 0 for computed rows; None
+            if all rows were computed, or the predictions' errors are unknown.
     """
 
     value: float
@@ -63,16 +63,16 @@ class EnsembleEstimate:
 
 @dataclasses.dataclass(frozen=True)
 class RowEvidence:
-    """An ensemble's rows, as far as they are known, and what tells how far.
+    """An ensemble's rows: values, predictions, and the rows whose errors calibrate the others.
 
     Attributes:
-        values: Own values where `computed`, predicted ones elsewhere.
-        predictions: Predicted values, those of `judged` rows made without their own.
-        deviation: How far these may be off, in units of the outputs.
-        computed: Rows that count with their own values.
-        late: Rows that came late, or have not come though workers have had them for long.
-        random: Rows that were drawn at random to be computed.
-        judged: Computed rows whose predictions judge others'.
+        values: Own values where `computed`, predicted values elsewhere.
+        predictions: Predicted values; those of `judged` rows were made without their own values.
+        deviation: Expected errors of the predictions, in units of the outputs.
+        computed: The mask of rows that count with their own values.
+        late: The mask of rows that were answered late, or are overdue or failed in time.
+        random: The mask of rows that were drawn at random to be computed.
+        judged: The mask of computed rows whose predictions' errors calibrate the others.
     """
 
     values: Float[np.ndarray, "rows ..."]
@@ -84,10 +84,10 @@ class RowEvidence:
     judged: Bool[np.ndarray, " rows"]
 
     def map(self, f: RowStatistic | None) -> "RowEvidence":
-        """Return what `f` gives of values and predictions, (rows,).
+        """Return the rows with values and predictions mapped by `f`, (rows,).
 
         Raises:
-            ValueError: If `f` does not give a finite number for each row, or rows have several
+            ValueError: If `f` does not return a finite number for each row, or rows have several
                 outputs and there is no `f`.
         """
         number, mapped = len(self.computed), []
@@ -114,12 +114,12 @@ def average(
     """Return the weighted mean of `g` over all rows, with an interval.
 
     Args:
-        rows: Of `RowEvidence.map`.
-        g: Maps values to numbers, of the same shape. A number stands for whether values are at most
-            that: then errors are sorted once, and nothing is drawn.
-        weights: Of the rows, from 0 on (default: all the same).
-        coverage: The probability with which the interval holds.
-        step: Whether `g` is 0 or 1.
+        rows: The result of `RowEvidence.map`.
+        g: Maps values to numbers of the same shape. A number stands for the indicator of values up
+            to it, for which errors are sorted once instead of drawn.
+        weights: The rows' weights, 0 or positive (default: equal weights).
+        coverage: The probability with which the interval contains the true mean.
+        step: Whether all values of `g` are 0 or 1.
 
     Raises:
         ValueError: If weights or coverage do not fit.
@@ -138,7 +138,7 @@ def average(
     if computed.all():
         return EnsembleEstimate(value, (value, value), coverage)
 
-    # Rows whose errors are known, in units of deviations, and the open ones that they stand for.
+    # Rows whose errors are known, in units of deviations, and the open rows that they represent.
     late, prompt = (np.flatnonzero(~computed & each) for each in (rows.late, ~rows.late))
     judged = rows.judged & rows.random
     judged &= rows.deviation <= rows.deviation[prompt if len(prompt) else late].max()
@@ -164,7 +164,7 @@ def average(
             low, high = max(float(v @ (mean - least)), row), max(float(v @ (most - mean)), row)
             continue
 
-        # The error that predictions have in common, and what it adds to the sum's variance.
+        # The predictions' common error, and its part of the sum's variance.
         judges, drawn = of_kind[kind], len(errors[kind])
         expected, spread, *_ = _moments(rows, g, judges, errors[kind])
         if drawn == len(judges):  # a row's own error is one of those drawn
@@ -179,7 +179,7 @@ def average(
             variances[kind] += total * (size / scale) ** 2
             variances[kind] *= max(left / total * count / max(count - 1, 1), 1.0)
 
-        # Where few rows have most of the variance, judged or open, it is as if there were no more.
+        # If few judged or open rows have most of the variance, the effective number of rows counts.
         counts = () if step else map(_effective_number, (spread, v**2 * variance))
         degrees[kind] = max(min([float(drawn), *counts]) - 1, 1.0)
 
@@ -203,7 +203,7 @@ def average(
 
 
 def _effective_number(parts: Float[np.ndarray, " rows"]) -> float:
-    """Return how many equal parts a sum of these is as variable as (Kish 1965); 0 for no sum."""
+    """Return the effective number of parts of a sum (Kish 1965); 0 if the sum is 0."""
     shares = parts / max(float(parts.max(initial=0.0)), 1e-300)  # squares of 1e-180 would be 0
     return float(shares.sum()) ** 2 / max(float(np.sum(shares**2)), 1e-300)
 
@@ -211,21 +211,21 @@ def _effective_number(parts: Float[np.ndarray, " rows"]) -> float:
 def quantile(rows: RowEvidence, q: float, weights: Weights, coverage: float) -> EnsembleEstimate:
     """Return the least value that a share `q` of the rows does not exceed, with an interval.
 
-    The interval has the values whose share of rows may be `q`, by the share's own interval. Args
-    and errors are those of `average`; rows have one value each.
+    The interval consists of the values at which the share of rows may be `q`, by the share's own
+    interval. Arguments and errors are those of `average`; rows have one value each.
     """
     if not 0 < q < 1:
         raise ValueError(f"a quantile is at a share between 0 and 1, not {q}")
-    # Eight places from each value to the next: the row that is sought may have none of its own yet.
+    # Eight places from each value to the next, since the quantile's row may not be computed yet.
     values, shares = np.unique(rows.values), {}
     places = np.interp(np.arange(8 * len(values) - 7) / 8, np.arange(len(values)), values)
-    # Without weights shares are whole rows. An open row that is the quantile counts half, at either
-    # end: below its value it does not, and from there on it does.
+    # Without weights, shares are multiples of a row. If an open row is the quantile, it counts half
+    # at both ends: it does not count below its value, and does from there on.
     row = 1 / len(rows.values) if weights is None else 0.0
     q = math.ceil(q / row - 1e-6) * row - row / 2 if row else q
 
     def first(end: Callable[[EnsembleEstimate], float], share: float) -> int:
-        """Return the first place at which an end of the share of rows is `share` or more."""
+        """Return the first place at which `end` of the share's estimate is at least `share`."""
         low, high = 0, len(places)
         while low < high:
             middle = (low + high) // 2
@@ -253,13 +253,13 @@ def _moments(
     some: Int[np.ndarray, " some"],
     errors: Float[np.ndarray, " draws"],
 ) -> Float[np.ndarray, "4 some"]:
-    """Return the mean, variance, least and largest `g` of some rows, over these errors."""
-    if not callable(g):  # a share of the errors, by their order
+    """Return the mean, variance, minimum and maximum of `g` for some rows, over these errors."""
+    if not callable(g):  # the share of errors up to a limit, from their order
         limits = (g - rows.predictions[some]) / np.maximum(rows.deviation[some], 1e-300)
         share = np.searchsorted(np.sort(errors), limits, side="right") / len(errors)
         spread = share * (1 - share) * len(errors) / max(len(errors) - 1, 1)
         return np.stack([share, spread, share >= 1, share > 0])
-    if len(some) * len(errors) > 1 << 22:  # numbers that are drawn together
+    if len(some) * len(errors) > 1 << 22:  # too many numbers to hold at once
         return np.hstack([_moments(rows, g, part, errors) for part in np.array_split(some, 2)])
     drawn = rows.predictions[some, None] + rows.deviation[some, None] * errors
     found = np.asarray(g(drawn.ravel()), float).reshape(drawn.shape)

@@ -1,12 +1,11 @@
-"""Checks of the model's own answers: which look wrong, which are wrong, and who gave them.
+"""Checks of the model's own answers: which look wrong, which are wrong, and which workers to fence.
 
-An answer is held back where the surrogate finds it suspicious, and while its worker is on
-probation: at first, and after an answer that was wrong, each time until some of its answers were
-right. An answer that two workers give is right. What else came in a call with an answer that was
-outvoted is in doubt. A worker that a sequential test accuses of wrong answers (`WorkerMonitor`) is
-fenced until it is replaced.
+An answer is held back if the surrogate finds it suspicious, or its worker is on probation: at
+first, and after each wrong answer, until some of its answers were right. An answer that two workers
+give is right. If an answer is outvoted, the other answers of its call are in doubt. A worker that a
+sequential test accuses of wrong answers (`WorkerMonitor`) is fenced until it is replaced.
 
-A server's queries and the rows of a run go by the same checks.
+A server's queries and the rows of a run use the same checks.
 """
 
 import collections
@@ -24,31 +23,29 @@ from ._monitor import WorkerMonitor
 
 _LOG = logging.getLogger(__name__)
 
-_PROBATION = 16  # right answers with which one ends after a wrong answer
-# The largest difference of two right answers, as a share of the largest output: batches of other
-# sizes are computed in another order. It is no more than a share of what answers differ by among
-# one another, as far as rounding allows.
+_PROBATION = 16  # right answers that end a probation after a wrong answer
+# The largest difference of two right answers, as a share of the largest output (float32, and
+# shorter dtypes): batches of different sizes are computed in different orders.
 _SAME, _SAME_SHORT = 1e-3, 5e-2
-_OF_SPREAD, _ROUNDING = 0.01, 0.01  # the second is a share of the first limit
-_SEEN, _FEWEST = 64, 8  # answers by which the spread is known
+# The difference is also at most `_OF_SPREAD` of the spread of answers, but this limit is no less
+# than `_ROUNDING` of the first.
+_OF_SPREAD, _ROUNDING = 0.01, 0.01
+_SEEN, _FEWEST = 64, 8  # the most and the fewest answers from which the spread is estimated
 
 
 class HeldAnswer(NamedTuple):
-    """An answer that is held back, and the call that it came in."""
+    """An answer that is held back, and the number of its call."""
 
     value: np.ndarray
     call: int
 
 
-# Workers' answers to a query or a row in doubt, in the order in which they came.
+# By worker, the answers to a query or a row in doubt, in the order of their arrival.
 HeldAnswers: TypeAlias = dict[int, HeldAnswer]
 
 
 class Verdict(NamedTuple):
-    """The answer that is given out, and the workers that gave it.
-
-    They are twice the same if no two agreed.
-    """
+    """The decided answer, and the two workers that gave it; one twice if no two agreed."""
 
     value: np.ndarray
     givers: tuple[int, int]
@@ -64,18 +61,18 @@ class _Record:
 
     probation: int  # right answers until it ends
     deaths: int = 0
-    reason: str | None = None  # why it is, or should be, fenced
+    reason: str | None = None  # why it is accused, whether it is fenced or not
 
 
 class AnswerChecks:
     """Checks of one pool's answers: suspicious answers, wrong ones, and fenced workers.
 
-    One thread uses it; others may read `status`.
+    Only one thread may use it; others may call `status`.
 
     Attributes:
         fenced: The workers that get no traffic; a new object whenever they change.
-        outvoted: Calls with an answer that was not that of two other workers, until whoever doubts
-            the rest of them clears it.
+        outvoted: The calls with an outvoted answer; the user of this class doubts their other
+            answers, and clears the set.
     """
 
     def __init__(
@@ -89,8 +86,8 @@ class AnswerChecks:
     ):
         """Start without answers.
 
-        `first` right answers end a new worker's probation; `most` workers compute a query, until
-        two agree. `max_fenced` is the largest share of the workers that is fenced.
+        `first` right answers end a new worker's probation. At most `most` workers compute a query
+        until two agree. `max_fenced` is the largest share of workers that is fenced.
         """
         self._observe, self._first, self._most_workers = observe, first, most
         self._monitor = WorkerMonitor(num_workers)
@@ -115,18 +112,19 @@ class AnswerChecks:
         values: Shaped[np.ndarray, "answers ..."],
         suspicious: Bool[np.ndarray, " answers"],
     ) -> tuple[list[int], dict[int, Verdict]]:
-        """Take a worker's answers, which came in one call.
+        """Receive a worker's answers of one call.
 
         Args:
-            call: A number of the call.
+            call: The number of the call.
             worker: The worker.
-            candidates: Earlier answers to the same query or row, empty where it is not in doubt.
-                Those that stay or come in doubt get this worker's, too.
+            candidates: For each answer, the earlier answers to the same query or row; empty if it
+                is not in doubt. This worker's answer is added to those in doubt.
             values: The answers.
-            suspicious: Which of them look wrong, where there are no others yet.
+            suspicious: The mask of answers that look wrong; used for those without earlier answers.
 
         Returns:
-            The places of answers that nobody doubts, and verdicts on those that were in doubt.
+            The places of answers that are not in doubt, and by place the verdicts on those that
+            were in doubt and are decided.
         """
         verdicts = {}
         for place, earlier in enumerate(candidates):
@@ -136,7 +134,7 @@ class AnswerChecks:
                     verdicts[place] = verdict
         fresh = [place for place, each in enumerate(candidates) if not each]
         held = suspicious[fresh]
-        if worker in self.accused:  # what a fenced worker answers was sent before it was
+        if worker in self.accused:  # it may still have calls in flight
             held = np.ones(len(fresh), bool)
         else:
             held[: self._records[worker].probation] = True
@@ -149,13 +147,13 @@ class AnswerChecks:
         """Compare workers' answers to one query or row.
 
         Returns:
-            The answer to give out; None to wait for one more worker's. There will be no more after
-            the `last` one, for all that other workers could do.
+            The verdict; None to wait for one more worker's answer. If this is the `last` chance,
+            there is always a verdict.
         """
         latest = list(candidates.values())[-1].value
         if np.isfinite(latest).all():
             self._seen.append(np.asarray(latest, float).ravel())
-        accused = self.accused  # who are wrong alike, for example by the same old weights
+        accused = self.accused  # two accused workers may agree on wrong answers: old weights, say
         for one, other in itertools.combinations(candidates, 2):
             value = candidates[one].value
             if accused >= {one, other} or not self.agree(value, candidates[other].value):
@@ -175,7 +173,7 @@ class AnswerChecks:
         return Verdict(candidates[best].value, (best, best))
 
     def look(self, deaths: Sequence[int]) -> None:
-        """Trust the workers that were replaced, by the number of deaths of each."""
+        """Reset the checks of workers that were replaced, since their number of deaths changed."""
         for worker, (record, seen) in enumerate(zip(self._records, deaths, strict=True)):
             if seen == record.deaths:
                 continue
@@ -198,10 +196,10 @@ class AnswerChecks:
         }
 
     def agree(self, one: np.ndarray, other: np.ndarray) -> bool:
-        """Return whether two answers are the same but for rounding.
+        """Return whether two answers are equal up to rounding.
 
-        Where outputs hardly differ by query, less counts: temperatures of 300 K, for example, of
-        which each answer has nearly the same.
+        If outputs hardly differ between queries, such as temperatures near 300 K, a smaller
+        difference counts.
         """
         if np.array_equal(one, other, equal_nan=True):
             return True
@@ -214,7 +212,7 @@ class AnswerChecks:
         return bool(difference <= limit)
 
     def _accuse(self, worker: int) -> None:
-        """Take a wrong answer of a worker."""
+        """Record a wrong answer of a worker; fence the worker if the test accuses it."""
         self._observe("check_wrong", 1)
         record, monitor = self._records[worker], self._monitor
         record.probation = _PROBATION

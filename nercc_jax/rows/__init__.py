@@ -1,4 +1,4 @@
-"""Many rows on a pool: each is computed or known well enough, or is decoded in groups of a code."""
+"""Many rows on a pool: `run_rows` computes or predicts each; `run_groups` runs a code on them."""
 
 from ._groups import GroupResult, run_groups
 from ._interface import RowProgress, RowResult, RowSettings

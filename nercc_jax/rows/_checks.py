@@ -1,11 +1,11 @@
-"""Checks of the answers of a run over rows: one that looks wrong is given again by other workers.
+"""Checks of the answers of a run over rows: rows that look wrong are computed by other workers.
 
-A row whose answer is suspicious has no value until another worker has given the same one, or a
-third has decided. Values that came before anything was known are looked at later, and taken back
-where they look wrong. Those that came in one call with an answer that was outvoted are in doubt,
-however they look. Answers of a worker that is accused by now count for nothing: rows that no other
-worker gave are computed again, and values that were found to look right while its answers
-calibrated the check are looked at again.
+A row whose answer looks wrong has no value until a second worker has given the same answer, or a
+third one has decided. Values from before there was a check are checked later, and taken back if
+they look wrong. Values from the same call as an outvoted answer are in doubt, however they look.
+Once a worker is accused, its answers no longer count: rows that no other worker computed are
+computed again, and values that passed the check while the worker's answers may have calibrated it
+are checked again.
 """
 
 from typing import Any
@@ -20,14 +20,14 @@ from ._table import COMPUTED, NOBODY, RowTable
 
 
 class RowChecks:
-    """Doubts about answers, by columns of the table of rows.
+    """The answers in doubt, and the origin of all others in columns of the table of rows.
 
-    `givers` are the workers that gave a row's value, twice the same if it was one, and `call` is
-    the call that it came in; nobody's if it has no value, an earlier run gave it, or two workers
-    did. Rows are `checked` if their value was found to look right, or was given by two workers.
+    `givers` are the two workers that computed a row's value, or the same one twice, and `call` is
+    its call. They are NOBODY if the row has no value or an earlier run computed it; `call` also if
+    two workers did. A row is `checked` if its value passed the check, or two workers computed it.
 
     Attributes:
-        fenced: The workers that are to get nothing.
+        fenced: The workers that get no more calls.
         answers: The answers to each row in doubt: they differ, or one looked wrong.
         suspicious: The number of answers that were in doubt.
     """
@@ -39,14 +39,14 @@ class RowChecks:
         settings: RowSettings,
         worker_dtype: str | None = None,
     ):
-        """Start without answers; raise ValueError if there are fewer than three workers."""
+        """Start without answers; raise ValueError for fewer than three workers."""
         if num_workers < 3:
             raise ValueError(
                 "check_answers needs three workers or more, of which two agree; this pool has "
                 f"{num_workers}"
             )
-        # Another worker computes the first row of each, too; the rest is looked at later. Where no
-        # two of five agree, the function is random.
+        # A second worker also computes each worker's first row; others are checked later. If no two
+        # of five answers agree, the function is random.
         most, observe = settings.max_fenced, lambda what, number: None
         self._votes = AnswerChecks(num_workers, most, worker_dtype, observe, first=1, most=5)
         self._table, self._num_workers = table, num_workers
@@ -56,7 +56,7 @@ class RowChecks:
         self.suspicious = 0
 
     def avoid(self, rows: Int[np.ndarray, " some"]) -> frozenset[int]:
-        """Return the workers that have given answers to rows in doubt, if others are left."""
+        """Return the workers that have answered rows in doubt; none if no other worker is left."""
         found = {worker for row in rows.tolist() for worker in self.answers.get(row, ())}
         return frozenset(found if len(found | self.fenced) < self._num_workers else ())
 
@@ -69,15 +69,16 @@ class RowChecks:
         looks_wrong: Bool[np.ndarray, " some"],
         known: Bool[np.ndarray, " some"],
     ) -> tuple[Bool[np.ndarray, " some"], Float[np.ndarray, "some ..."]]:
-        """Take a worker's answers to rows that have no value, in a call of this number.
+        """Take a worker's answers to rows without values, from the call with this number.
 
-        They look wrong or not, as far as that is `known`.
+        `looks_wrong` is valid for the rows that are `known`.
 
         Returns:
-            Which rows have a value now, and the values; another worker is to compute the others.
+            The mask of the rows that have a value now, and the values. Another worker must compute
+            the other rows.
         """
         given, values, table = np.zeros(len(rows), bool), values.copy(), self._table
-        if worker in self.fenced:  # its calls were sent before it was
+        if worker in self.fenced:  # its call was sent before that
             return given, values
         candidates = [self.answers.pop(row, None) or {} for row in rows.tolist()]
         new = [not each for each in candidates]
@@ -97,12 +98,12 @@ class RowChecks:
         return given, values
 
     def review(self, report: PoolReport) -> tuple[Int[np.ndarray, " few"], bool]:
-        """Follow the votes since the last call: fence workers, and distrust what they gave.
+        """Update `fenced` after new votes, and distrust the answers of workers newly accused.
 
         Workers that were replaced are trusted again. Others stay fenced to the end of the run.
 
         Returns:
-            The rows whose values are to be taken back, and whether a worker was accused.
+            The rows whose values must be taken back, and whether a worker was newly accused.
         """
         self._votes.look([worker.deaths for worker in report.workers])
         table, accused = self._table, self._votes.accused
@@ -115,12 +116,12 @@ class RowChecks:
                 kept = {worker: given[worker] for worker in given if worker not in accused}
                 self.answers[row] = kept
                 if given and not kept:
-                    del self.answers[row]  # as if nobody had computed it
+                    del self.answers[row]  # as if no worker had computed it
             wrong = np.isin(table["givers"], list(accused))
             rows = np.flatnonzero((table["state"] == COMPUTED) & wrong.all(axis=1))
             self.suspicious += len(rows)
-            one = (wrong[:, 0] != wrong[:, 1])[:, None]  # of the two that gave a row's value
-            # The other one stands for both.
+            one = (wrong[:, 0] != wrong[:, 1])[:, None]  # one of a row's two workers is accused
+            # The other worker is then recorded twice.
             table["givers"][:] = np.where(one & wrong, table["givers"][:, ::-1], table["givers"])
             table["givers"][rows] = table["call"][rows] = NOBODY
             table["checked"][:] &= table["givers"][:, 0] != table["givers"][:, 1]
@@ -131,7 +132,7 @@ class RowChecks:
         return rows, bool(new)
 
     def doubt(self, rows: Int[np.ndarray, " few"]) -> Int[np.ndarray, " few"]:
-        """Doubt the values that rows have, by their first givers; return the rows."""
+        """Turn the values of rows into answers in doubt; return the rows."""
         table = self._table
         assert table.values is not None
         for row in rows.tolist():

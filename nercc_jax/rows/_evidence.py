@@ -1,14 +1,14 @@
-"""The latest estimate of all rows, and the evidence on how far estimates are off.
+"""The latest predictions of all rows, and the errors by which their error bars are calibrated.
 
-Error bars are calibrated on audits: rows that were drawn at random, and computed however late they
-are. Each is compared with a prediction made without its own value: with that from before it came,
-and with each later learner's, from which it is left out. Error bars are a quantile of these errors
-over their deviations, and labels are given out as far as the errors show (`Risk`). Rows that are
-late may be harder than others, so their bars go by other rows that came late, too.
+Error bars are calibrated on audits: rows that are drawn at random, and computed however late they
+are. Each audit is compared with predictions made without its own value: the latest one before it
+was computed, and those of each later learner, which leave it out. Error bars are a quantile of the
+ratios of these errors to the deviations; predicted labels are admitted by `Risk`. Late rows may be
+harder than others, so their error bars are calibrated on other rows that were late, too.
 
 A learner is fitted to computed rows on a thread of its own (`learn`), so that nothing waits for it.
-Between two fits it learns the rows that have come since, which takes a hundredth of the time. That
-is NumPy's work: nothing is compiled, and nothing but its arguments is read.
+Between two fits it is updated with newly computed rows, which takes a hundredth of the time. All of
+this is NumPy: nothing is compiled, and `learn` reads only its arguments.
 """
 
 import functools
@@ -34,23 +34,23 @@ from ._table import COMPUTED, FAILED, PREDICTED, RowTable
 
 _LOG = logging.getLogger(__name__)
 
-FIRST = 96  # rows of the first fit
-NEWS = 32  # rows that are learned together between two fits
-_LATE = 20  # late rows, at least, by which others' bars are known
-SHAPE: Shape = "squared_exponential"  # of the kernel that tuning starts from
+FIRST = 96  # computed rows from which the first learner is fitted
+NEWS = 32  # computed rows from which a learner is updated between two fits
+_LATE = 20  # late rows from which late rows have error bars
+SHAPE: Shape = "squared_exponential"  # the kernel that tuning starts from
 CAPACITY = 1024  # rows that the learner holds at most
-FEW = 512  # rows up to which a smaller learner is fitted, in a third of the time
-# Rows that a larger one's kernel is judged on. By 128, which takes a third of the time, 246 and 250
-# of the 250 largest rows of Lotka-Volterra had to be computed, by these 176 and 170 (two draws).
+FEW = 512  # rows below which a smaller learner is fitted, in a third of the time
+# Rows on which a larger learner's kernel is tuned. Of the 250 largest rows of Lotka-Volterra, 246
+# and 250 had to be computed with 128, a third of the time, but 176 and 170 with 256 (two draws).
 _JUDGED = 256
 _CHUNK = 1024  # rows that are predicted together
 _NEIGHBOURS = 8  # computed rows that a row is compared with
 
 
 class FittedLearner(NamedTuple):
-    """A learner of computed rows, with the probability that its labels are wrong.
+    """A learner fitted to a number of `pairs` (computed rows).
 
-    `pairs` is the number of rows that it was fitted to.
+    `probability`, if outputs are scores of labels, estimates how likely a predicted label is wrong.
     """
 
     learner: Learner
@@ -59,15 +59,15 @@ class FittedLearner(NamedTuple):
 
 
 class Learned(NamedTuple):
-    """The outcome of a task: predictions of its rows, and how far they may be off.
+    """The result of a learner's task: predictions of rows, and their expected errors.
 
     Attributes:
         fit: The learner.
-        rows: The task's rows.
+        rows: The predicted rows.
         mean: Predictions, as vectors, each made without the row's own value.
-        expected: How far they may be off, by errors nearby.
-        plain: The same by the learner's own deviation.
-        check: The check of computed values, if there is one and enough is known.
+        expected: Expected errors: `plain`, corrected by the errors of nearby pairs.
+        plain: The learner's own standard deviations.
+        check: The check of computed values, if answers are checked and one could be fitted.
     """
 
     fit: FittedLearner
@@ -88,8 +88,8 @@ def fit_pairs(
 ) -> FittedLearner:
     """Fit a learner to three quarters of the pairs, and calibrate its labels on the others.
 
-    Every fourth input is held out, with all answers to it, 256 at most. Afterwards the learner
-    learns these pairs, too.
+    Every fourth distinct input is held out, with all its answers: at most 256 inputs. Afterwards
+    the learner learns these pairs, too.
 
     Raises:
         ValueError: There are fewer than 16 pairs, or the function is constant.
@@ -103,7 +103,7 @@ def fit_pairs(
         raise ValueError("the function is constant, so nothing says how far others may be off")
     probability = None
     if labels:
-        features = label_features(mean, deviation, mean, None)  # of a surrogate by itself
+        features = label_features(mean, deviation, mean, None)  # of a surrogate without a code
         wrong = ~np.asarray(agree_on_labels(mean, y[held].astype(np.float32)))
         sure = deviation == 0
         probability = fit_error_probability(features[:, None], wrong[:, None], sure=sure)
@@ -119,22 +119,22 @@ def learn(
     known_y: Float[np.ndarray, "known outputs"],
     settings: RowSettings,
 ) -> Learned | None:
-    """Learn computed rows, and predict others; return None where nothing could be learned.
+    """Learn computed rows, and predict others; return None if no learner could be fitted.
 
-    A learner's own deviation depends on where pairs are, and not on their values, so that errors
-    may be several of it where the function varies most. So it is multiplied by the root mean square
-    ratio of error to deviation of the nearest pairs; but not where all rows are computed, or where
-    outputs are labels, whose error probabilities are calibrated for the learner's own deviations.
+    A learner's own deviation depends on the inputs of the pairs, not on their values, so errors may
+    be several deviations where the function varies most. So the deviation is multiplied by the root
+    mean square ratio of error to deviation of the nearest pairs. This is not done if `compute` is
+    "all", or for labels: their error probabilities are calibrated for the learner's own deviations.
 
     Args:
-        fit: The learner that learns the pairs; None for a new one.
-        x: Inputs of the pairs.
-        y: Their values.
-        rows: Rows that are predicted: those without a value, and then known ones, each of which is
+        fit: The learner to update with the pairs; None to fit a new one.
+        x: The pairs' inputs.
+        y: The pairs' values.
+        rows: The rows to predict: those without a value, and then known ones, each of which is
             predicted without its own value.
-        features: Their inputs.
-        known_y: The values of the known ones.
-        settings: The run's.
+        features: The inputs of `rows`.
+        known_y: The values of the known rows.
+        settings: The run's settings.
     """
     if fit is None:
         capacity, tuning = CAPACITY, LearnerTuning(rows=_JUDGED)
@@ -154,7 +154,7 @@ def learn(
         part = slice(place, place + _CHUNK)
         mean[part], plain[part] = learner.predict(features[part])
 
-    # Pairs, each predicted from the others; known rows that are pairs, by that.
+    # Each pair is predicted from the others; known rows that are pairs get this prediction.
     window, known = learner.window, slice(len(features) - len(known_y), None)
     inputs, residuals, scatter, errors, deviations = (
         each[learner.filled]
@@ -181,9 +181,9 @@ def learn(
             nearest = np.argpartition(distance, _NEIGHBOURS - 1, axis=1)[:, :_NEIGHBOURS]
             expected[part] *= root_mean_square(ratios[nearest], axis=1)
 
-    # A check goes by the learner's own deviations: a wrong value makes those of its neighbours
-    # large. A quarter of the right ones that may look wrong are those with the largest residuals,
-    # since it may have learned that a few wrong ones are right.
+    # The check uses the learner's own deviations: a wrong value would enlarge the corrected ones of
+    # its neighbours. A quarter of the right answers that may look wrong are those with the largest
+    # residuals, since the check may have learned from a few wrong answers that they are right.
     check, finite = None, np.flatnonzero(np.isfinite(known_y).all(axis=1))
     if settings.check_answers is not None and len(finite) > 1:
         some = np.random.default_rng(0).permutation(finite)[: 2 * CAPACITY]
@@ -195,20 +195,19 @@ def learn(
 
 
 class Evidence:
-    """Estimates of all rows, in columns of their table, and what may be given out.
+    """Predictions of all rows, in columns of their table, and which are accurate enough.
 
     Args:
-        settings: The accuracy at which a row is known well enough, among others.
+        settings: The run's settings, such as the accuracy that predictions need.
         x: The inputs of all rows.
-        table: All that is known of each row.
+        table: The table of the rows.
 
     Attributes:
         fit: The learner.
-        mean: Its predictions of all rows.
-        due: Computed rows at which a learner is fitted to all; 0: some that it knows were taken
-            back.
-        held: Counts of audits and late rows that had an error bar when they came, and of bars that
-            covered the error. Of labels, those count that were sure enough, and right.
+        mean: The latest predictions of all rows, as vectors.
+        due: The computed rows at which a new learner is fitted; 0 if learned rows were taken back.
+        held: Counts of audits and late rows that had an error bar when they were answered, and of
+            bars that covered the error. For labels: those certain enough, and those of them right.
     """
 
     def __init__(self, settings: RowSettings, x: Shaped[np.ndarray, "rows ..."], table: RowTable):
@@ -216,14 +215,14 @@ class Evidence:
         self.fit: FittedLearner | None = None
         self.mean: Float[np.ndarray, "rows outputs"] | None = None
         self._check: AnswerCheck | None = None
-        self._distrusted = False  # whether wrong values calibrate the check in the making
+        self._distrusted = False  # whether wrong values may calibrate the check in progress
         self.due = FIRST
         names = ["audited", "audited_held", "came_late", "came_late_held"]
         self.held: dict[str, int] = dict.fromkeys(names, 0)
 
     @functools.cached_property
     def _features(self) -> Float[np.ndarray, "rows inputs"]:
-        """The learner's inputs: in units of their spread, at which float32 is precise enough."""
+        """The learner's inputs, standardised, so that float32 is precise enough."""
         x = self._x.reshape(len(self._x), math.prod(self._x.shape[1:]))
         mean, spread = x.mean(axis=0, dtype=float), x.std(axis=0, dtype=float)
         return ((x - mean) / np.where(spread > 0, spread, 1)).astype(np.float32)
@@ -231,20 +230,20 @@ class Evidence:
     # Learning.
 
     def distrust(self) -> None:
-        """Look at nothing with the check, or that in the making: wrong values calibrated it."""
+        """Discard the check, and that of the task in progress: wrong values calibrated them."""
         self._check, self._distrusted = None, True
 
     def forget(self, rows: Int[np.ndarray, " few"]) -> None:
-        """Learn all again without these rows, if any was learned."""
+        """Forget these rows; have a new learner fitted without them if any of them was learned."""
         if self._table["learned"][rows].any():
             self.due = 0
-        for name in ("learned", "estimated", "judges"):
+        for name in ("learned", "estimated", "compared"):
             self._table[name][rows] = False
 
     def task(self, *, hurry: bool = False) -> Callable[[], Learned | None] | None:
-        """Return the work to learn from computed rows; None where there are too few new ones.
+        """Return the learner's next task, `learn`; None if there are too few new computed rows.
 
-        In a `hurry`, a first fit does with as few as there may be.
+        A first fit needs 24 computed rows in a `hurry`. A later task then needs no new ones.
         """
         table, fit, learned = self._table, self.fit, self._table["learned"]
         computed, others, y = table.learnable, table.open, table.vectors
@@ -256,16 +255,16 @@ class Evidence:
             return None
         full = fit is not None and fit.pairs >= CAPACITY and self.due > 0
         if (len(computed) >= self.due and not full) or (hurry and fit is None):
-            # Where nothing is to be predicted, and a check is waited for, a small learner will do.
+            # If no row is left to predict, and only a check is needed, a small learner suffices.
             count = min(len(computed), FEW - 1 if hurry and not len(others) else CAPACITY)
-            # Every fourth, which calibrates, is one at random: an audit, as far as there are any.
+            # Every fourth pair, which calibrates, is a random row: an audit while there are any.
             random = np.random.default_rng(len(computed)).permutation(computed)
             last = random[np.argsort(~table["audit"][random], kind="stable")][: count // 4]
             rest = random[~np.isin(random, last)][: count - count // 4]
             places, pairs = np.arange(count) % 4 == 3, np.empty(count, int)
             pairs[places], pairs[~places] = last, rest
             fit, self.due = None, 2 * len(computed)
-            if len(computed) < FEW:  # a larger learner as soon as there may be one
+            if len(computed) < FEW:  # fit a larger learner as soon as there are enough rows
                 self.due = min(self.due, FEW)
             learned[computed] = True
         elif fit is not None and len(new) >= NEWS:
@@ -282,10 +281,10 @@ class Evidence:
         )
 
     def take(self, learned: Learned) -> bool:
-        """Take a new estimate, and compare it again with all that has come.
+        """Store a task's predictions, and compare audits and late rows with them.
 
         Returns:
-            Whether there is a new check, by which values that came before may be looked at.
+            Whether there is a new check, with which earlier values may be checked.
         """
         rows, table, self.fit = learned.rows, self._table, learned.fit
         checks = learned.check is not None and not self._distrusted
@@ -302,13 +301,13 @@ class Evidence:
     def _judge(
         self, rows: Int[np.ndarray, " some"], y: Float[np.ndarray, "some outputs"]
     ) -> Float[np.ndarray, " some"]:
-        """Compare rows' own values with what was predicted without them; return the errors."""
+        """Compare rows' own values with predictions made without them; return the errors."""
         assert self.mean is not None
         table, mean, deviation = self._table, self.mean[rows], self._table["expected"][rows]
         errors = row_errors(mean, y)
         table["excess"][rows] = error_ratios(errors, deviation)
         table["wrong"][rows] = np.argmax(mean, axis=1) != np.argmax(y, axis=1)
-        table["judges"][rows] = (deviation > 0) & np.isfinite(deviation)
+        table["compared"][rows] = (deviation > 0) & np.isfinite(deviation)
         return errors
 
     def compare(
@@ -318,10 +317,10 @@ class Evidence:
         late: bool,
         over: bool = False,
     ) -> None:
-        """Compare rows that have come with what was predicted of them, where that counts.
+        """Compare newly answered rows with their predictions, if they are audits or late.
 
-        Once the run is `over`, they judge the bars of rows that were not waited for, each once, and
-        change nothing else.
+        Once the run is `over`, each row that was not waited for tests its error bar once, and
+        changes nothing else.
         """
         table, labels = self._table, self._settings.tolerance is None
         counts = np.isfinite(y).all(axis=1) & table["estimated"][rows]
@@ -346,7 +345,7 @@ class Evidence:
     def look_wrong(
         self, rows: Int[np.ndarray, " some"], values: Float[np.ndarray, "some outputs"]
     ) -> tuple[Bool[np.ndarray, " some"], Bool[np.ndarray, " some"]]:
-        """Return which values of rows look wrong, and of which that can be told."""
+        """Return masks of the rows whose values look wrong, and of those that could be checked."""
         found, known = np.zeros(len(rows), bool), np.zeros(len(rows), bool)
         if self._check is not None and self.mean is not None:
             known = self._table["estimated"][rows]
@@ -355,7 +354,7 @@ class Evidence:
         return found, known
 
     def look_back(self) -> Int[np.ndarray, " some"]:
-        """Return computed rows whose values look wrong, of those that were not looked at."""
+        """Check all computed rows that are unchecked; return those whose values look wrong."""
         table = self._table
         unchecked = (table["state"] == COMPUTED) & ~table["checked"] & table["estimated"]
         rows = np.flatnonzero(unchecked)
@@ -368,14 +367,14 @@ class Evidence:
     def score(
         self, rows: Int[np.ndarray, " some"], late: Bool[np.ndarray, " some"] | bool = False
     ) -> Float[np.ndarray, " some"]:
-        """Return the rows' error bars or error probabilities; infinite where nothing is known.
+        """Return the rows' error bars or error probabilities; infinite where there is none yet.
 
-        Bars of late rows are the larger ones of those by audits and by other rows that came late,
-        and infinite before there are enough.
+        The error bar of a late row is the larger of two: calibrated on audits, and on other rows
+        that were late. It is infinite until there are enough of these.
         """
         table, score = self._table, np.full(len(rows), np.inf)
         known, late = table["estimated"][rows], np.broadcast_to(late, len(rows))
-        judges = table["judges"] & (table["state"] == COMPUTED)
+        judges = table["compared"] & (table["state"] == COMPUTED)
         audits, came_late = (np.flatnonzero(judges & table[each]) for each in ("audit", "late"))
         if self._settings.max_disagreement is None:
             usual, harder = (
@@ -403,7 +402,7 @@ class Evidence:
 
     @property
     def limit(self) -> float:
-        """The largest score of a row that is known well enough."""
+        """The largest score at which a prediction is accurate enough."""
         if self._settings.max_disagreement is None:
             return self._settings.tolerance or -math.inf  # 0 computes all
         assert self.fit is not None
@@ -411,7 +410,7 @@ class Evidence:
         return self.fit.probability.limit(self._settings.max_disagreement)
 
     def _probability(self, rows: Int[np.ndarray, " known"]) -> Float[np.ndarray, " known"]:
-        """Return the probabilities that labels are wrong, by the calibration."""
+        """Return the calibrated probabilities that predicted labels are wrong."""
         assert self.fit is not None
         assert self.fit.probability is not None
         assert self.mean is not None
@@ -420,11 +419,11 @@ class Evidence:
     def predict(
         self, rows: Int[np.ndarray, " open"]
     ) -> tuple[Bool[np.ndarray, " open"], Float[np.ndarray, " open"]]:
-        """Give the open rows of a run that ends their predictions; those too uncertain have FAILED.
+        """Store predictions of open rows as a run ends; rows that are too uncertain become FAILED.
 
         Returns:
-            Which rows are known well enough, and their error bars or error probabilities. Rows with
-            too large a bar have a prediction all the same.
+            The mask of rows that are predicted accurately enough, and error bars or error
+            probabilities. A row with too large an error bar has a prediction, too.
         """
         table, failed = self._table, self._table["state"][rows] == FAILED
         score = self.score(rows, table.late[rows] | (table["tries"][rows] > 0))

@@ -1,4 +1,4 @@
-"""Coded inference on many data points: batches of groups on a pool, kept on disk as they come."""
+"""Coded inference on many data points: batches of groups on a pool, with results on disk."""
 
 import dataclasses
 import math
@@ -22,13 +22,13 @@ class GroupResult:
     """The result of coded inference on many data points, in the order of the batches.
 
     Attributes:
-        arrays: By name, for rows whose batch has ended: `index`, the data point's place; its
-            `batch`; `recovered`; `responded`, the workers whose answers its prediction rests on,
-            (rows, N); and `predictions`, the decoded outputs as a vector, NaN where it is lost.
+        arrays: By name, for rows whose batch has ended: `index`, the number of the data point; its
+            `batch`; `recovered`; `responded`, the mask of the workers whose answers were decoded,
+            (rows, N); and `predictions`, the decoded outputs as a vector, NaN if it is lost.
         reasons: Why data points are lost, by row.
         summary: The settings and counts of the run, by name.
-        report: Of the pool.
-        stopped: Why the run ended early, if it did.
+        report: The pool's report.
+        stopped: Why the run was stopped early; None if it was not.
         ids: The ids of the rows, if they have any.
     """
 
@@ -40,7 +40,7 @@ class GroupResult:
     ids: Shaped[np.ndarray, " rows"] | None = None
 
     def columns(self) -> dict[str, Shaped[np.ndarray, " rows"]]:
-        """Return a table's columns, as `pandas.DataFrame` and `pyarrow.table` take them.
+        """Return the columns of a table, for `pandas.DataFrame` or `pyarrow.table`.
 
         Returns:
             `id`, if rows have ids; `index`, `batch`, `recovered`; `responded`, the number of
@@ -53,7 +53,7 @@ class GroupResult:
         return columns | {f"output_{number}": each for number, each in outputs}
 
     def __str__(self) -> str:
-        """Return what the run did, a line for each number."""
+        """Return the summary, one line for each number."""
         return summary_text(self.summary)
 
 
@@ -73,31 +73,31 @@ def run_groups(
     ids: Shaped[np.ndarray, " points"] | Sequence[str | int] | None = None,
     on_progress: Callable[[RowProgress], Any] = lambda progress: None,
 ) -> GroupResult:
-    """Run coded inference on each group of K data points, in batches, whatever happens to workers.
+    """Run coded inference on each group of K data points, in batches, despite worker failures.
 
-    The pool sends what fails to other workers until the batch's deadline. Data points that are lost
-    in spite of that are NaN, and the next batch follows. What is known is written to a folder as it
-    comes, and a later run continues from there, and tries what was lost again.
+    The pool sends failed calls to other workers until the batch's deadline. Data points that are
+    lost nevertheless are NaN, and the next batch follows. Results are written after each batch; a
+    later run can continue from there, and tries lost data points again.
 
     Args:
-        pool: The workers. One of them gets a coded data point of each group of a batch at once.
+        pool: The workers. One call has one coded data point of each group of a batch.
         code: The code.
-        x: Data points. The last batch begins again at their start, to be full.
+        x: Data points. The last batch is filled up with the first data points.
         enough: When to decode, as in `pool_inference`.
         deadline: Seconds for each batch.
         groups: Groups in a batch, at most as many as the data points fill.
-        batches: Batches to run at most (default: all).
-        prepare: Called with the data points of a batch, as the model takes them.
-        folder: Where results are written as they come (default: nowhere).
-        resume: Go on with the run that the folder holds.
-        about: What else predictions depend on, such as the model, as JSON takes it; a run with
-            other values cannot be resumed.
-        ids: An id of each data point, which the result and its files carry.
+        batches: The most batches to run (default: all).
+        prepare: Maps the data points of a batch to the model's inputs.
+        folder: The folder to which results are written during the run (default: none).
+        resume: Continue the run in the folder.
+        about: Further facts that predictions depend on, such as the model, as JSON values; a run
+            with other facts cannot be resumed.
+        ids: An id of each data point, which the result and its files contain.
         on_progress: Called at the beginning, and after each batch.
 
     Returns:
-        Predictions of the batches that have ended. After Ctrl-C, or where the pool is about to end,
-        `stopped` says why others have not.
+        Predictions of the batches that have ended. After Ctrl-C, or if Ray is about to end this
+        process, `stopped` gives the reason why others have not.
 
     Raises:
         ValueError: If an argument does not fit, or the folder holds another run.
@@ -125,7 +125,7 @@ def run_groups(
 
     def take(arrays: Mapping[str, np.ndarray]) -> None:
         own, predictions = arrays["index"], arrays["predictions"]
-        if not came.any():  # their width is known by now
+        if not came.any():  # the first predictions: their width is known now
             wide = (total, predictions.shape[1])
             table["predictions"] = np.full(wide, np.nan, np.float32)
         for name in ("recovered", "responded", "predictions"):
@@ -150,7 +150,7 @@ def run_groups(
         for own in np.split(index, range(size, total, size)):
             if recovered[own].all():  # by an earlier run
                 continue
-            filled = np.arange(own[0], own[0] + size) % len(x)  # the last batch, from the start
+            filled = np.arange(own[0], own[0] + size) % len(x)  # with the first rows, in the last
             made = np.asarray(prepare(x[filled]))
             try:
                 found = infer(made.reshape(groups, num_data, *made.shape[1:]), enough, deadline)
@@ -168,7 +168,7 @@ def run_groups(
                     f"{size - mask.sum()} of {size} data points cannot be recovered from the "
                     f"{available.sum()} answers that were in"
                 )
-                if parts is not None:  # others are lost, and tried again by a later run
+                if parts is not None:  # a batch that raised is not written: a later run repeats it
                     parts.add({name: each[own] for name, each in table.items()})
             reasons |= dict.fromkeys(own[~recovered[own]].tolist(), trouble)
             done, batches_done = done + len(own), batches_done + 1

@@ -1,4 +1,4 @@
-"""What people pass to a run over rows and get from it: function, settings, progress and result."""
+"""The types at the interface of a run over rows: settings, progress and result."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -14,34 +14,34 @@ from ..risk.ensembles import RowEvidence, RowStatistic, Weights, average, quanti
 
 Compute: TypeAlias = Literal["needed", "all"]
 
-ATTEMPTS = 3  # how often a row is sent before it is unknown
+ATTEMPTS = 3  # calls of a row without an answer after which it is unknown
 
 
 @dataclasses.dataclass(frozen=True)
 class RowSettings:
-    """The settings of a run over rows, which `run_rows` takes by name, too.
+    """The settings of a run over rows, which `run_rows` also takes by name.
 
     Either `tolerance` or `max_disagreement` is needed.
 
     Attributes:
         tolerance: The largest error bar of a predicted row, in units of the outputs (root mean
             square over a row's outputs). 0 computes all rows.
-        max_disagreement: Instead, where outputs are scores of labels: the share of predicted labels
-            that may differ from the function's own.
+        max_disagreement: For outputs that are scores of labels, instead of `tolerance`: the share
+            of predicted labels that may differ from the function's own.
         coverage: The share of errors that error bars cover.
-        compute: "needed" computes no row that is known well enough, except some at random, which
-            judge the error bars; "all" predicts only rows that are late.
-        rows_per_call: Rows in one call, at most those there are (default: as many as take 0.05 to
-            0.25 s).
+        compute: "needed" does not compute rows whose predictions are accurate enough, except some
+            at random, which test the error bars; "all" predicts only rows that are late.
+        rows_per_call: Rows in one call, at most the number of rows (default: as many as take 0.05
+            to 0.25 s).
         deadline: Seconds that a call may take before its rows are sent again.
-        job_deadline: Seconds after which the run ends, with what is known by then (default: none).
-        grace: Seconds for which a run that has ended waits for answers that workers still owe. They
-            change no value, and judge the error bars of late rows in the summary.
-        max_calls: Rows to compute at most, the least certain ones (default: no limit).
-        check_answers: The share of right answers that may look wrong. Answers that do are compared
-            with other workers' (default: none are). It takes three workers.
-        max_fenced: The largest share of workers that is fenced for wrong answers.
-        seed: Of the order of the rows, which is random, so that the first ones are typical.
+        job_deadline: Seconds after which the run ends, with the values known then (default: none).
+        grace: Seconds for which a run that has ended waits for in-flight calls. Their answers
+            change no value; they test the error bars of late rows in the summary.
+        max_calls: The most rows to compute, the least certain ones first (default: no limit).
+        check_answers: The share of right answers that may look wrong. Answers that look wrong are
+            compared with other workers' answers (default: no checks). It needs three workers.
+        max_fenced: The largest share of workers that may be fenced for wrong answers.
+        seed: The seed of the rows' order, which is random so that the first rows are typical.
 
     Raises:
         ValueError: If a number does not fit.
@@ -65,7 +65,7 @@ class RowSettings:
     seed: int = 0
 
     def __post_init__(self):
-        # Messages begin with the name of the field, by which the command line names its option.
+        # Messages begin with the field's name, which the command line replaces by its option's.
         if (self.tolerance is None) == (self.max_disagreement is None):
             raise ValueError(
                 "tolerance is needed, in units of the outputs (0: all rows are computed), or "
@@ -87,42 +87,42 @@ class RowSettings:
         for name, (wanted, fits) in rules.items():
             value = getattr(self, name)
             try:
-                # None stands for the default where that is none.
+                # None is valid if it is the default.
                 fitting = getattr(type(self), name) is None if value is None else fits(value)
-            except TypeError:  # it is no number
+            except TypeError:  # it is not a number
                 fitting = False
             if not fitting:
                 raise ValueError(f"{name} must be {wanted}, not {value!r}")
 
     @property
     def accuracy(self) -> Accuracy:
-        """The accuracy at which a row is known well enough."""
+        """The accuracy that a prediction needs, so that its row is not computed."""
         names = ("tolerance", "max_disagreement", "coverage")
         return Accuracy(**{name: getattr(self, name) for name in names})
 
     @property
     def hang_timeout(self) -> float:
-        """The seconds after which a pool of the run's own replaces a worker.
+        """The seconds after which a pool that `run_rows` opens replaces a worker that hangs.
 
-        All attempts but one are over by then: the last one finds new workers if all of them hung.
-        It is 10 s at least, since a worker may just straggle, and a new one needs time to start.
+        All attempts but the last are over by then, so the last finds new workers even if all hung.
+        It is at least 10 s, since a worker may only straggle, and a new one takes time to start.
         """
         return max((ATTEMPTS - 1) * self.deadline, 10.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class RowProgress:
-    """The state of a run over rows, in numbers of rows.
+    """The progress of a run over rows, in numbers of rows.
 
     Attributes:
         rows: All rows.
         computed: Rows with the function's own values.
-        predicted: Rows that are not to be computed, as things are.
-        unknown: Rows that are given up, after all attempts.
-        workers: Workers alive.
-        seconds: Since the run began.
-        rows_per_second: Computed rows.
-        estimate: The latest estimate of the `statistic` that the run was asked for.
+        predicted: Rows whose present predictions are accurate enough not to compute them.
+        unknown: Rows that have failed: after all attempts, or when the run ended.
+        workers: Workers that have started.
+        seconds: Seconds since the run began.
+        rows_per_second: Rows computed per second.
+        estimate: The latest estimate of the run's `statistic`, if it has one.
     """
 
     rows: int
@@ -154,7 +154,7 @@ class RowProgress:
 
 
 def summary_text(summary: Mapping[str, Any]) -> str:
-    """Return a run's settings and counts as a table, without those that are 0 or none."""
+    """Return a run's settings and counts as a table, without those that are 0 or None."""
     lines = []
     for name, value in summary.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -171,18 +171,19 @@ class RowResult:
     """The result of a run over rows, in the order of the inputs.
 
     Attributes:
-        values: The function's own values where computed, otherwise predicted ones; NaN where there
-            is none. None if no row has a value.
+        values: The function's own values where computed, otherwise predicted values; NaN for rows
+            with neither. None if no row has a value.
         status: "computed", "predicted", "unknown" or "waiting", for each row.
-        deviation: How far values may be off: 0 where computed, infinite where unknown.
+        deviation: The expected error of each value, before it is calibrated: 0 where computed,
+            infinite without a value.
         score: Error bars or, with `max_disagreement`, error probabilities.
-        reasons: Why rows are unknown, by row. One that is unknown because of the job's deadline may
-            have a prediction, whose error bar is larger than the tolerance.
+        reasons: Why rows are unknown, by row. An unknown row may have a prediction, whose error bar
+            is larger than the tolerance.
         summary: The settings and counts of the run, by name.
-        report: Of the pool.
-        stopped: Why the run ended early, if it did.
+        report: The pool's report.
+        stopped: Why the run was stopped early; None if it was not.
         ids: The rows' ids, if they have any.
-        evidence: Predictions and errors of rows, which the statistics rest on.
+        evidence: The predictions and errors of rows on which the statistics are based.
     """
 
     values: Float[np.ndarray, "rows ..."] | None
@@ -201,18 +202,18 @@ class RowResult:
     ) -> EnsembleEstimate:
         """Return the mean over all rows, computed or not, with an interval (`docs/ensembles.md`).
 
-        Computed rows add no error. What others add is judged by rows drawn at random and by rows
-        that came late.
+        Computed rows add no error. The error of the others is estimated from rows drawn at random,
+        and from rows that were late.
 
         Args:
-            f: Maps values (rows, ...) to a number a row, such as one output or a norm (default: the
-                function's only output).
-            coverage: The probability with which the interval holds.
-            weights: Of the rows, from 0 on (default: all the same).
+            f: Maps values (rows, ...) to one number a row, such as one output or a norm (default:
+                the function's only output).
+            coverage: The probability with which the interval contains the mean.
+            weights: The rows' weights, 0 or positive (default: equal weights).
 
         Raises:
             ValueError: If an argument does not fit, rows have several outputs and there is no `f`,
-                or it gives a number that is not finite.
+                or `f` returns a number that is not finite.
 
         Example:
             >>> from nercc_jax import DevicePool
@@ -232,9 +233,9 @@ class RowResult:
         coverage: float = 0.9,
         weights: Weights = None,
     ) -> EnsembleEstimate:
-        """Return the share of all rows that meet a condition, with an interval; see `mean`.
+        """Return the share of all rows that satisfy a condition, with an interval; see `mean`.
 
-        `condition` maps what `f` gives, (rows,), to booleans.
+        `condition` maps the numbers that `f` returns, (rows,), to booleans.
         """
         return average(self._mapped(f), condition, weights, coverage, step=True)
 
@@ -255,12 +256,12 @@ class RowResult:
         return self.evidence.map(f)
 
     def columns(self) -> dict[str, Shaped[np.ndarray, " rows"]]:
-        """Return a table's columns, as `pandas.DataFrame` and `pyarrow.table` take them.
+        """Return the columns of a table, for `pandas.DataFrame` or `pyarrow.table`.
 
         Returns:
             `id`, if rows have ids; `output_0`, `output_1` and so on; `deviation`; `bar`, or
-            `error_probability` with `max_disagreement`; `exact`, `status`, and `reason`, which is
-            empty for known rows.
+            `error_probability` with `max_disagreement`; `exact`, True where computed; `status`; and
+            `reason`, which is empty unless the row is unknown.
         """
         number, labels = len(self.status), self.summary.get("max_disagreement") is not None
         score = "error_probability" if labels else "bar"
@@ -277,5 +278,5 @@ class RowResult:
         }
 
     def __str__(self) -> str:
-        """Return what the run did, a line for each number."""
+        """Return the summary, one line for each number."""
         return summary_text(self.summary)

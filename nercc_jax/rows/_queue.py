@@ -1,4 +1,4 @@
-"""The rows of a run that are to be sent: in which order, and how many go in one call."""
+"""The queue of rows to send: their order, and the number of rows in a call."""
 
 import collections
 import math
@@ -12,19 +12,19 @@ from ._evidence import Evidence
 from ._interface import RowSettings
 from ._table import AGAIN, WAITING, RowTable
 
-_TIMED = 4  # calls of a size, whose median decides about the next size
-# Seconds of a call, at most. From the first number on larger calls must make each row quicker by a
-# tenth: rows wait for the slowest of their call, and it cannot be told which of them that is.
+_TIMED = 4  # calls of one size whose median time decides on the next size
+# Calls grow to at most `_LONG` seconds. From `_ENOUGH` seconds on, a larger call must make each row
+# `_QUICKER` times as fast, since rows wait for the slowest one of their call.
 _ENOUGH, _LONG, _QUICKER = 0.05, 0.25, 1.1
-_DRAWN = 8  # rows that are drawn at random for a statistic, and wait
-_BYTES = 1 << 24  # of a call's inputs and outputs, from which on larger ones are no quicker
+_DRAWN = 8  # random rows that are kept in the queue for a statistic
+_BYTES = 1 << 24  # bytes of a call's inputs and outputs beyond which calls do not grow
 
 
 class RowQueue:
     """Rows in the order in which they are sent, and the size of calls.
 
-    Rows that are sent again come first, then those that are `waiting`. Calls grow twofold as long
-    as that pays, and shrink at the end, so that all workers end at about the same time.
+    Rows that are sent again come first, then those in `waiting`. The size of calls doubles as long
+    as that makes rows faster, and shrinks at the end, so that workers finish together.
     """
 
     def __init__(
@@ -39,13 +39,13 @@ class RowQueue:
         self._num_workers, self._settings = num_workers, settings
         self._random = np.random.default_rng(settings.seed)
         self._size = settings.rows_per_call or 1
-        self._before = 0.0  # seconds of a call of half that size; 0 where that is not known
+        self._before = 0.0  # median seconds of a call of half that size; 0 if unknown
         self._grows, self._timed = True, 0 if settings.rows_per_call is None else _TIMED
-        self._sent = 0  # rows that waited, and were sent
+        self._sent = 0  # rows sent for the first time, for `max_calls`
 
     @property
     def spent(self) -> bool:
-        """True if as many rows were sent as may be."""
+        """True if `max_calls` rows have been sent."""
         return self._settings.max_calls is not None and self._sent >= self._settings.max_calls
 
     @property
@@ -55,22 +55,22 @@ class RowQueue:
 
     @property
     def timed(self) -> bool:
-        """True if enough calls of the size that they have now were timed."""
+        """True if enough calls of the present size were timed."""
         return self._timed >= _TIMED
 
     def send_again(self, rows: Int[np.ndarray, " some"], most: int | None = None) -> None:
-        """Send rows again that had no answer, or one that looks wrong, `most` in a call.
+        """Queue rows again, at most `most` in a call, after a failure or an answer in doubt.
 
-        They are in another order: two workers that confuse the rows of a call in the same way would
-        otherwise give the same wrong answers.
+        Their order is changed: otherwise two workers that permute the rows of a call in the same
+        way would give the same wrong answers.
         """
         rows, size = self._random.permutation(rows), min(most or self._call_size, self._call_size)
         self._again.extend(rows[place : place + size] for place in range(0, len(rows), size))
 
     def take(self) -> Int[np.ndarray, " few"]:
-        """Take the rows of the next call; none if none is left.
+        """Return the rows of the next call, and remove them; an empty array if none is left.
 
-        Some of those that were to be sent have been sent or answered meanwhile.
+        Rows that were sent or answered since they were queued are skipped.
         """
         while not self.empty:
             if self._again:
@@ -86,11 +86,11 @@ class RowQueue:
         return np.zeros(0, int)
 
     def refill(self, evidence: Evidence, estimate: EnsembleEstimate | None, seed: int) -> None:
-        """Let those rows wait that are not known well enough, the least certain first.
+        """Fill `waiting` with the rows whose predictions are too uncertain, least certain first.
 
-        One in four is an audit, in an order of its own, which is random. If the run is for a
-        statistic, of which there is an `estimate`, the rows come first that add most to its
-        interval, known or not, and as many are drawn at random as are needed for one in four.
+        One row in four is an audit, in random order. With an `estimate` of the run's statistic, the
+        rows that add most to its interval come first, even if they are predicted accurately enough,
+        and further audits are drawn at random, so that eight are waiting.
         """
         table, rows = self._table, self._table.all_in(WAITING)
         audit, added = table["audit"], np.zeros(len(rows))
@@ -112,16 +112,16 @@ class RowQueue:
 
     @property
     def _call_size(self) -> int:
-        """The rows of the next call: a power of two, unless it is set."""
+        """The number of rows of the next call: `rows_per_call`, or a power of two."""
         if self._settings.rows_per_call is not None:
             return self._size
         return min(self._size, power_of_two(len(self.waiting) / (2 * self._num_workers)))
 
     def observe(self, size: int, usual: float, row_bytes: int) -> None:
-        """Fit the size of calls to the time that they take, transport and all.
+        """Adapt the size of calls to the time that they take, which includes transport.
 
-        A call of so many rows was answered, with inputs and outputs of `row_bytes` a row; calls of
-        that size take `usual` seconds.
+        A call of `size` rows was answered, with `row_bytes` of inputs and outputs in each row. The
+        median time of calls of that size is `usual` seconds.
         """
         if self._settings.rows_per_call is not None or size != self._size or math.isinf(usual):
             return
@@ -130,7 +130,7 @@ class RowQueue:
             return
         before = self._before
         no_quicker = before >= _ENOUGH and 2 * before < _QUICKER * usual
-        # As much longer as this size took than the one before, twice.
+        # The time of a call of twice the size, extrapolated from this size and half of it.
         following = usual + 2 * max(usual - before, 0) if before else 2 * usual
         if no_quicker or (usual > 2 * _LONG and size > 1):
             self._size, self._before, self._grows, self._timed = size // 2, 0.0, False, 0

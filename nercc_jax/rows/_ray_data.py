@@ -1,4 +1,4 @@
-"""Rows of a Ray Data dataset through `run_rows`: every row by the deadline, with an error bar."""
+"""`run_rows` for a Ray Data dataset: every row by the deadline, with its expected error."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -24,32 +24,31 @@ def map_rows(
     """Run a function on each row of a Ray Data dataset, as `run_rows` does.
 
     The dataset is executed first, and stays in Ray's object store. Then the function runs on actors
-    of a `RayPool`, one for each CPU, which end before this returns: Ray Data, which waits for
-    CPUs without a word, never has to share them with the pool. Actors and nodes that die are
-    replaced, and their rows are computed again.
+    of a `RayPool`, one for each CPU, which end before this function returns. So the pool never
+    competes for CPUs with Ray Data, which waits for them without a message. Actors and nodes that
+    die are replaced, and their rows are computed again.
 
-    Rows do not stream through. The least certain ones are computed first, and answers that come
-    last may still change an error bar: so all inputs are needed at the beginning, and bars are
-    known at the end. `on_rows` gets computed rows as they come. All columns pass through this
-    process.
+    Rows are not streamed: all inputs are needed at the beginning, since the least certain rows are
+    computed first, and error bars are known at the end, since the last answers may change them.
+    `on_rows` gets computed rows during the run. All columns pass through this process.
 
     Args:
         dataset: A `ray.data.Dataset`.
         function: Any callable on (rows, ...) that returns an array (rows, ...).
-        columns: The column that the function gets, as (rows, ...); or several, which it gets side
-            by side as (rows, inputs).
-        num_workers: Actors (default: one for each CPU; those that find none free join later).
+        columns: The column that the function gets, as (rows, ...); or several columns, which it
+            gets side by side as (rows, inputs).
+        num_workers: Actors (default: one for each CPU; those that find no free CPU join later).
         **options: Those of `run_rows`: `tolerance`, `job_deadline`, `on_progress`, `folder`, ...
 
     Returns:
         A dataset with the rows and columns of the given one, and the columns `value`, `error_bar`
-        (0 where computed, infinite where nothing is known), `status` ("computed", "predicted" or
-        "unknown") and `reason` (why a row is unknown, else empty).
+        (`RowResult.deviation`: 0 where computed, infinite without a value), `status` ("computed",
+        "predicted", "unknown" or, after Ctrl-C, "waiting") and `reason` (why a row is unknown).
 
     Raises:
         ImportError: Without Ray Data.
-        ValueError: A column is missing, is not of finite numbers, or has the name of one of those
-            that are added; the dataset is empty; or an argument of `run_rows` does not fit.
+        ValueError: A column is missing, does not hold finite numbers, or has the name of an added
+            column; the dataset is empty; or an argument of `run_rows` does not fit.
         RuntimeError: No worker starts, or the function raises on all of the first rows.
 
     Example:
@@ -68,7 +67,7 @@ def map_rows(
             f"Ray Data is missing ({error}): pip install '.[ray-data]' in a clone"
         ) from error
     names = [columns] if isinstance(columns, str) else list(columns)
-    # Executed once: the order is that of the rows. Ray's store is read in place.
+    # Executed once, in the order of the rows. Ray's object store is read in place.
     tables = [each for each in ray.get(dataset.to_arrow_refs()) if each.num_rows]
     if not tables:
         raise ValueError("the dataset has no rows")
@@ -91,7 +90,7 @@ def map_rows(
     if not isinstance(columns, str):
         x = np.concatenate([each.reshape(len(x), -1) for each in inputs], axis=1)
     if num_workers is None:
-        # Not those that are free: Ray counts the CPUs of tasks that have just ended for a while.
+        # All CPUs, not the free ones: Ray counts those of tasks that have just ended as busy.
         num_workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
     pool = functools.partial(RayPool, min_workers=1)
     result = run_rows(function, x, pool, num_workers=num_workers, **options)

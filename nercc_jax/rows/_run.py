@@ -1,7 +1,7 @@
-"""A run over rows on a pool: carries out what the state says, and tells it what happens.
+"""A run over rows on a pool: reports events to the state, and carries out its instructions.
 
-It owns the pool's batches, the clock, the files and the learner's thread, and decides nothing: that
-is the affair of `state.py`.
+It owns the pool's batches, the clock, the files and the learner's thread. All decisions are made in
+`state.py`.
 """
 
 import contextlib
@@ -36,10 +36,10 @@ from .state import (
     Tick,
 )
 
-_LOOKS = 0.05  # seconds between two looks at the clock and the pool
+_TICK = 0.05  # seconds between two ticks
 _SHOWN = 0.1  # seconds between two reports of progress, at least
 _LEARNING = 0.5  # the share of the time, and of the cores, that learning may take
-_FROM_THE_FIRST = Overdue(least=1)  # medians are known from the first call on
+_FROM_THE_FIRST = Overdue(least=1)  # gives a median service time from the first call on
 
 
 def run_rows(
@@ -62,41 +62,41 @@ def run_rows(
 ) -> RowResult:
     """Run a function on each row: every row is computed, or predicted within a tolerance.
 
-    A computed row has exactly the value that the function gave. A predicted row has a prediction
-    from the rows that were computed, and its error bar is no larger than the tolerance. A row that
-    is too uncertain is computed. `docs/run.md` describes how.
+    A computed row has exactly the value that the function returned. A predicted row has a
+    prediction from the computed rows, with an error bar no larger than the tolerance. A row whose
+    error bar is larger is computed. `docs/run.md` describes how.
 
     Args:
         function: Any callable on (rows, ...) that returns an array (rows, ...).
         rows: Inputs, one a row: finite numbers.
         pool: An open pool whose workers run the function, not compiled; or a class such as
             `DevicePool` or `RayPool`, which is opened for the run.
-        settings: The accuracy, deadlines and so on (default: by the options).
-        accuracy: The promise about predicted rows, in place of the settings'.
+        settings: The accuracy, deadlines and so on (default: `RowSettings(**options)`).
+        accuracy: The accuracy of predicted rows, in place of the settings'.
         num_workers: The number of workers of a pool that is opened (default: 20).
-        folder: Where results are written as they come (default: nowhere).
-        resume: Go on with the run that the folder holds: what it computed is not computed again,
-            and what it predicted is predicted from that, or computed.
-        about: What else the values depend on, such as a version of the function, as JSON takes it;
-            a run with other values cannot be resumed.
-        ids: An id of each row, a text or a whole number, which the result and its files carry.
-        on_progress: Called at the beginning, at the end, and in between when rows came, ten times a
-            second at most.
-        on_rows: Called with rows as soon as they have values, each once: their numbers, their
-            values, and whether they were computed. Rows of a folder that is resumed come first. A
-            row whose value was taken back by `check_answers` comes again.
-        statistic: Returns what the run is for, such as `lambda result: result.mean()`, from the
-            result so far. Progress has it, at most for a tenth of this thread's time.
-        stop_when: Returns whether an estimate of the statistic is good enough, such as
-            `lambda estimate: estimate.width < 0.1`; then the run ends. Until then it goes on, and
-            computes the rows that add most to the interval, such as those near a threshold, with
-            one in four drawn at random. If most of the interval comes from late rows, these are
-            sent again first.
+        folder: The folder to which results are written during the run (default: none).
+        resume: Continue the run in the folder: its computed rows are not computed again; its
+            predicted rows are predicted from these, or computed.
+        about: Further facts that the values depend on, such as a version of the function, as JSON
+            values; a run with other facts cannot be resumed.
+        ids: An id of each row, a text or a whole number, which the result and its files contain.
+        on_progress: Called at the beginning, at the end, and when rows were answered, at most ten
+            times a second.
+        on_rows: Called with row numbers, values, and whether these were computed, as soon as rows
+            have values: once for each row, rows of a resumed folder first. A row whose value was
+            taken back by `check_answers` is passed again.
+        statistic: Returns an estimate of what the run is for, such as `lambda result:
+            result.mean()`, from the result so far. Progress includes the latest estimate. The calls
+            take at most a tenth of this thread's time.
+        stop_when: Returns whether an estimate of the statistic is good enough to end the run, such
+            as `lambda estimate: estimate.width < 0.1`. Until then the run computes the rows that
+            add most to the interval, such as those near a threshold, and one in four at random. If
+            most of the interval comes from late rows, these are sent again first.
         **options: Fields of `RowSettings` by name, such as `tolerance`, in place of those given.
 
     Returns:
-        Values and a status for each row. After Ctrl-C, or where the pool is about to end, the rest
-        is "waiting", and `stopped` says why.
+        Values and a status for each row. After Ctrl-C, or if Ray is about to end this process, the
+        other rows are "waiting", and `stopped` gives the reason.
 
     Raises:
         ValueError: If an argument does not fit, or the folder holds another run.
@@ -134,7 +134,7 @@ def run_rows(
     if settings.rows_per_call is not None:
         most = min(settings.rows_per_call, len(x))
         settings = dataclasses.replace(settings, rows_per_call=most)
-    kept = {"tolerance", "max_disagreement", "coverage", "seed"}  # what values depend on
+    kept = {"tolerance", "max_disagreement", "coverage", "seed"}  # which values depend on
     facts = {"rows": len(x)} | {name: getattr(settings, name) for name in kept} | dict(about or {})
     table, parts = RowTable(len(x)), None
     if folder is not None:
@@ -159,9 +159,9 @@ class _Run:
     """One run's pool, calls, files and learner.
 
     Attributes:
-        statistic: Returns an estimate of what the run is for, if it is for that.
-        stop_when: Returns whether the estimate is good enough.
-        estimate: The latest one.
+        statistic: Returns an estimate from the result so far; None if the caller wants none.
+        stop_when: Returns whether an estimate is good enough to end the run.
+        estimate: The latest estimate.
     """
 
     statistic: Callable[[], EnsembleEstimate] | None = None
@@ -182,8 +182,8 @@ class _Run:
         self._learned: list[Learned] = []
         self._learns: Callable[[], bool] = lambda: False
         self._fit_seconds, self._learning_time = 0.5, TimeShare(pool.clock, _LEARNING)
-        # BLAS's threads wait by spinning: as many as there are cores starve each other as soon as
-        # anything else runs, and runs computed 1.2 to 1.7 times as many rows.
+        # BLAS's threads wait by spinning. One for each core starves whatever else runs: with fewer,
+        # runs computed 1.2 to 1.7 times as many rows.
         self._blas = ThreadpoolController().select(user_api="blas")
         threads = max((each["num_threads"] for each in self._blas.info()), default=1)
         self._blas_threads = max(int(_LEARNING * threads), 1)
@@ -194,12 +194,12 @@ class _Run:
         self._estimated, self._time = 0, TimeShare(pool.clock, 0.1)
 
     def carry_out(self, show: Callable[[RowProgress], Any]) -> str | None:
-        """Run until the state says that it is over; return why it ended early, if it did."""
+        """Run until the state is over; return why the run was stopped early, None if it was not."""
         state, stopped = self._state, None
         look_at = shown = 0.0
         try:
             show(self._progress())
-            rows = state.table.all_in(COMPUTED)  # of an earlier run
+            rows = state.table.all_in(COMPUTED)  # rows that an earlier run computed
             if len(rows) and state.table.values is not None:
                 self._on_rows(rows, state.table.values[rows], True)
             while not state.over and stopped is None:
@@ -207,11 +207,11 @@ class _Run:
                     while self._learned:
                         self._handle(self._learned.pop(0))
                     ages = {number: batch.age(0) for number, batch in self._batches.items()}
-                    # The learner leaves the cores to others for a while after its work.
+                    # The learner pauses after its work, to leave the cores to other threads.
                     learning = self._learns() or now < self._learning_time.next
                     seen = now - self._begin, self._pool.report(), ages, learning
                     self._handle(Tick(*seen, self._fit_seconds))
-                    look_at = now + _LOOKS
+                    look_at = now + _TICK
                 news = not state.over and self._take_ended(look_at)
                 if news and self._clock.now() >= shown + _SHOWN:
                     show(self._progress())
@@ -221,7 +221,7 @@ class _Run:
             stopped = "interrupted"
         finally:
             if stopped is None and state.over:
-                # For what workers still compute; what no worker has is dropped.
+                # Wait for calls that workers have; drop those that no worker has.
                 end = self._clock.now() + state.settings.grace
                 for number, batch in list(self._batches.items()):
                     if not batch.available[0] and not batch.age(0)[0]:
@@ -236,7 +236,7 @@ class _Run:
         return stopped
 
     def _progress(self) -> RowProgress:
-        """Return the progress, with a new estimate if rows came, and there is time for one."""
+        """Return the progress, with a new estimate if rows were computed and its time allows."""
         computed, begin = self._state.computed, self._clock.now()
         if self.statistic is not None and computed != self._estimated and begin >= self._time.next:
             self.estimate, self._estimated = self.statistic(), computed
@@ -246,7 +246,7 @@ class _Run:
         return _progress_of(self._state, self.estimate)
 
     def _learn(self, work: Callable[[], Learned | None]) -> None:
-        """Do a piece of the learner's work, on a thread of its own."""
+        """Run a learner's task, on the learner's thread."""
         begin = self._clock.now()
         try:
             with self._blas.limit(limits=self._blas_threads):
@@ -257,7 +257,7 @@ class _Run:
             self._fit_seconds = self._learning_time.spend(begin)
 
     def _take_ended(self, until: float) -> bool:
-        """Wait until calls end, or until a time; return whether some may have."""
+        """Wait until calls end or a time is reached; return whether some calls may have ended."""
         with self._changed:
             if not self._news:
                 self._clock.wait(self._changed, max(until - self._clock.now(), 0.001))
@@ -287,7 +287,7 @@ class _Run:
             self._changed.notify()
 
     def _handle(self, event: Event) -> None:
-        """Tell the state what happened, and carry out what it says."""
+        """Pass an event to the state, and carry out its instructions."""
         state, parts = self._state, self._parts
         for each in state.handle(event):
             if isinstance(each, Send):
@@ -303,13 +303,13 @@ class _Run:
                     self._on_rows(each.rows, state.table.values[each.rows], each.computed)
             elif isinstance(each, Fence):
                 self._pool.fence(each.workers)
-            else:  # the end of a process waits for this thread
+            else:  # not a daemon thread: the process does not exit before it ends
                 work = functools.partial(self._learn, each.work)
                 self._learns = self._clock.start("nercc-learner", work)
 
 
 def _refuse(answer: Any) -> str | None:
-    """Return why a worker's answer is no array of numbers, if it is none."""
+    """Return why a worker's answer is not an array of real numbers; None if it is one."""
     if not isinstance(answer, np.ndarray):
         return f"the function gave a {type(answer).__name__}: an array (rows, ...) is needed"
     if answer.dtype.kind not in "biuf":
@@ -343,7 +343,7 @@ def _result(
     stopped: str | None,
     ids: Shaped[np.ndarray, " rows"] | None,
 ) -> RowResult:
-    """Return what a run has, in the order of the inputs."""
+    """Return the result so far, in the order of the inputs."""
     table, progress, report = state.table, _progress_of(state), pool.report()
     computed, predicted = table.all_in(COMPUTED), table.all_in(PREDICTED)
     status = np.full(len(table.rows), "waiting", "U9")
@@ -378,22 +378,22 @@ def _result(
 
 
 def _row_evidence(state: RowState) -> RowEvidence:
-    """Return all that is known of rows' values, for statistics."""
+    """Return values, predictions and errors of all rows, for statistics."""
     table, mean, values = state.table, state.evidence.mean, state.table.values
     assert values is not None
     computed, audit = table["state"] == COMPUTED, table["audit"].copy()
     late = table.late | ((table["tries"] > 0) & ~computed)
     deviation, judged = table["expected"].copy(), computed & (audit | late)
-    if computed.all():  # nothing is predicted, and nothing need be copied
+    if computed.all():  # nothing is predicted, so no copy is needed
         return RowEvidence(values, values, deviation, computed, late, audit, judged)
-    # A row without a prediction has the mean of all, which is off by their spread.
+    # A row without a prediction gets the mean of the computed rows, and their spread as deviation.
     known = values[table.learnable]
     predictions = np.broadcast_to(known.mean(axis=0), values.shape).copy()
     estimated = table["estimated"] & np.isfinite(deviation)
     deviation[~estimated] = np.sqrt(np.mean((known - known.mean(axis=0)) ** 2))
     if mean is not None:
         predictions[estimated] = mean[estimated].reshape(-1, *known.shape[1:])
-        judged = computed & table["judges"]
+        judged = computed & table["compared"]
     own = computed.reshape(-1, *[1] * (known.ndim - 1))
     values = np.where(own, values, predictions)
     return RowEvidence(values, predictions, deviation, computed, late, audit, judged)

@@ -5,44 +5,44 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-# States, in which a row is one at a time: see `state.py`.
+# The states of a row: see `state.py`.
 WAITING, AGAIN, SENT, FAILED, PREDICTED, COMPUTED = range(6)
 NOBODY = -1
 
 ROW = np.dtype(
     [
         ("state", "u1"),
-        ("main", "i4"),  # the call that it was sent in last, without copies
-        ("tries", "u1"),  # calls that had it, and gave no answer in time
-        ("raised", "?"),  # whether the function raised on it alone
-        ("late", "?"),  # whether it came late,
-        ("overdue", "?"),  # or a call that has it is late
-        ("audit", "?"),  # whether it is computed whatever is known of it
-        ("deviation", "f8"),  # how far its value may be off, and its error bar or error probability
-        ("score", "f8"),
-        ("givers", "i4", (2,)),  # the workers that gave its value, and in which call (`RowChecks`)
+        ("main", "i4"),  # the number of its latest call that is not a copy
+        ("tries", "u1"),  # its calls that timed out, or whose workers died
+        ("raised", "?"),  # whether the function raised on a call of this row alone
+        ("late", "?"),  # whether its answer came late,
+        ("overdue", "?"),  # or an in-flight call of it is late
+        ("audit", "?"),  # whether it is computed even if its prediction is accurate enough
+        ("deviation", "f8"),  # the expected error of its value
+        ("score", "f8"),  # its error bar or error probability
+        ("givers", "i4", (2,)),  # the workers that computed its value, and their call (`RowChecks`)
         ("call", "i4"),
         ("checked", "?"),
-        ("learned", "?"),  # whether the learner has been given it
-        ("estimated", "?"),  # whether the learner has predicted it, and how far that may be off:
-        ("expected", "f8"),  # by errors nearby,
-        ("plain", "f8"),  # and by the learner's own deviation
-        ("judges", "?"),  # whether its own value was compared with that prediction,
-        ("excess", "f8"),  # the error in units of what was expected,
+        ("learned", "?"),  # whether it was passed to the learner
+        ("estimated", "?"),  # whether the learner has predicted it, with these expected errors:
+        ("expected", "f8"),  # corrected by the errors of nearby pairs,
+        ("plain", "f8"),  # and the learner's own deviation
+        ("compared", "?"),  # whether its own value was compared with that prediction,
+        ("excess", "f8"),  # the ratio of the error to the expected error,
         ("wrong", "?"),  # and whether the labels differ
-        ("known", "?"),  # whether it need not be computed, as things are
+        ("known", "?"),  # whether its present prediction is accurate enough not to compute it
     ]
 )
 
 
 class RowTable:
-    """All that is known of each row.
+    """The state, value and statistics of each row.
 
     Attributes:
-        rows: A row for each input (`ROW`).
-        values: The function's own values where computed, otherwise predicted ones; NaN where there
-            is none. None before the first.
-        reasons: Why rows have FAILED.
+        rows: A record for each input (`ROW`).
+        values: The function's own values where computed, otherwise predicted values; NaN for rows
+            with neither. None before the first value.
+        reasons: Why rows have FAILED, by row.
     """
 
     def __init__(self, number: int):
@@ -63,17 +63,17 @@ class RowTable:
 
     @property
     def open(self) -> Int[np.ndarray, " some"]:
-        """The rows that are neither computed nor predicted."""
+        """The rows that are neither computed nor predicted, those that failed included."""
         return np.flatnonzero(self.rows["state"] < PREDICTED)
 
     @property
     def late(self) -> Bool[np.ndarray, " rows"]:
-        """The mask of rows that came late, or are late."""
+        """The mask of rows whose answer came late, or is late."""
         return self.rows["late"] | self.rows["overdue"]
 
     @property
     def vectors(self) -> Float[np.ndarray, "rows outputs"]:
-        """The values as vectors, when there are any."""
+        """The values as vectors; there must be some."""
         assert self.values is not None
         return self.values.reshape(len(self.rows), -1)
 
@@ -91,11 +91,11 @@ class RowTable:
         state: int | Shaped[np.ndarray, " few"],
         deviation: float | Float[np.ndarray, " few"] | None = None,
     ) -> None:
-        """Give rows their values, and take them to a state; `deviation` is the score by default."""
+        """Set the values and the state of rows; `deviation` is the score by default."""
         if self.values is None:
             assert isinstance(values, np.ndarray)
             self.values = np.full((len(self.rows), *values.shape[1:]), np.nan, values.dtype)
-        # What comes in a wider dtype than the first rows keeps all its digits.
+        # Values in a wider dtype than the first ones keep their precision.
         if (wider := np.result_type(self.values, values)) != self.values.dtype:
             self.values = self.values.astype(wider)
         self.values[rows], self.rows["score"][rows] = values, score
@@ -105,7 +105,7 @@ class RowTable:
             self.reasons.pop(row, None)
 
     def arrays(self, rows: Int[np.ndarray, " some"]) -> dict[str, np.ndarray]:
-        """Return what is known of some rows, by name; those taken back are not done."""
+        """Return the entries of some rows for files, by name; rows taken back are not `done`."""
         assert self.values is not None
         state = self.rows["state"][rows]
         named = {"index": rows, "predictions": self.values[rows], "exact": state == COMPUTED}
@@ -113,7 +113,7 @@ class RowTable:
         return named | {"done": state >= PREDICTED}
 
     def take(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Take what `arrays` returned in another process; rows that were predicted wait again."""
+        """Restore what `arrays` returned in an earlier run; predicted rows are WAITING again."""
         rows, exact = arrays["index"], arrays["exact"]
         self.put(rows, arrays["predictions"], 0.0, COMPUTED)
         self.put(rows[~exact], np.nan, np.inf, WAITING)

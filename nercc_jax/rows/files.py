@@ -1,7 +1,7 @@
-"""Results of a run on disk as they come: parts in a folder, and one manifest of them.
+"""The results of a run on disk, written during the run: parts in a folder, and their manifest.
 
-A part is a file that appears whole or not at all, and the manifest names those that count. So
-whatever ends a run, the results written by then are there, and a later run goes on from them.
+A part is written atomically, and only parts that the manifest names count. So whatever ends a run,
+the results written by then are valid, and a later run continues from them.
 """
 
 import hashlib
@@ -21,14 +21,14 @@ _EVERY = 1.0  # seconds between two parts, at least
 
 
 def check_parts(folder: Path, resume: bool) -> None:
-    """Raise ValueError if a folder has parts and a new run is wanted, or holds anything else."""
+    """Raise ValueError if a folder holds a run and `resume` is False, or holds other files."""
     found = (folder / _MANIFEST).is_file()
     if found and not resume:
         raise ValueError(
             f"{folder} has the parts of an earlier run: give --resume (resume=True) to go on "
             "with it, or remove the folder"
         )
-    # All that a run has which was killed before its manifest.
+    # The files that a run leaves if it is killed before it has written its manifest.
     inside = folder.iterdir() if folder.is_dir() else [folder] if folder.exists() else []
     if not found and not all(each.name.startswith((".", "part-")) for each in inside):
         raise ValueError(f"{folder} exists, and holds no results of a run")
@@ -37,11 +37,11 @@ def check_parts(folder: Path, resume: bool) -> None:
 class Parts:
     """The folder of one run, with its parts and their manifest.
 
-    It is made when something is written. `settings` are all that the run's numbers depend on, as
-    JSON takes it. Each part has the ids of its rows, if rows have ids.
+    The folder is created when something is written. `settings` are the JSON values on which the
+    run's results depend. Each part contains the ids of its rows, if rows have ids.
 
     Raises:
-        ValueError: The folder holds a run with other settings, or as `check_parts`.
+        ValueError: The folder holds a run with other settings, or `check_parts` refuses it.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Parts:
         self._written = time.monotonic()
 
     def read(self) -> Iterator[dict[str, np.ndarray]]:
-        """Yield the arrays of the parts that an earlier run has written, in that order.
+        """Yield the arrays of each part that an earlier run has written, in order.
 
         Raises:
             ValueError: A file is damaged or missing.
@@ -87,17 +87,17 @@ class Parts:
                 raise ValueError(f"{self._folder / part['file']} is missing; {REMEDY}") from error
 
     def add(self, arrays: dict[str, np.ndarray]) -> None:
-        """Have rows written, in the order in which they come; at most one part a second is.
+        """Queue rows to be written, in order; at most one part a second is written.
 
-        Of the arrays, (rows, ...) each, "index" has the numbers of the rows. A row that comes again
-        counts as it came last.
+        Each array is (rows, ...), and "index" has the numbers of the rows. If a row is added again,
+        its last values count.
         """
         self._pending.append(arrays)
         if time.monotonic() - self._written >= _EVERY:
             self.flush()
 
     def flush(self, complete: bool = False) -> None:
-        """Write what is pending, and whether the run is `complete`."""
+        """Write the queued rows as a part, and the manifest, with whether the run is `complete`."""
         self._folder.mkdir(parents=True, exist_ok=True)
         if self._pending:
             name = f"part-{len(self._manifest['parts']):06d}.npz"
@@ -117,7 +117,7 @@ class Parts:
 
 
 def fingerprint(content: Path | np.ndarray | None) -> str | None:
-    """Return a hash of a file or an array, for the settings of a run; else a path's name."""
+    """Return a hash of an array or a file, for a run's settings; the path if there is no file."""
     if isinstance(content, np.ndarray):
         content = np.ascontiguousarray(content).reshape(-1).view(np.uint8)
         return hashlib.sha256(content.data).hexdigest()
@@ -127,7 +127,7 @@ def fingerprint(content: Path | np.ndarray | None) -> str | None:
 
 
 def ids_of_rows(ids: Any, rows: int) -> Shaped[np.ndarray, " rows"] | None:
-    """Return ids as an array; raise ValueError unless each row has a text or a whole number."""
+    """Return ids as an array; raise ValueError unless they are one text or integer for each row."""
     found = None if ids is None else np.asarray(ids)
     if found is not None and (found.shape != (rows,) or found.dtype.kind not in "iuU"):
         raise ValueError(

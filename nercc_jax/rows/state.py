@@ -4,21 +4,21 @@ A row is in one state at a time:
 
 | state | event | next state |
 |---|---|---|
-| WAITING, AGAIN | it is sent to a worker | SENT |
-| SENT | its call has no answer in time | AGAIN, with fewer others; FAILED after three attempts |
-| SENT | the function raised on its call | AGAIN, with fewer others; FAILED if it was alone |
-| all but COMPUTED | its answer came, however late | COMPUTED; AGAIN if the answer is in doubt |
-| COMPUTED | its answer is doubted later | AGAIN, until other workers have answered |
-| all but COMPUTED, PREDICTED | the run ends, and the row is known well enough | PREDICTED |
-| WAITING, AGAIN, SENT | the run ends, and it is not | FAILED |
+| WAITING, AGAIN | the row is sent to a worker | SENT |
+| SENT | its call timed out, or its workers died | AGAIN, in a smaller call; FAILED at attempt 3 |
+| SENT | the function raised on its call | AGAIN, in a smaller call; FAILED if it was alone |
+| all but COMPUTED | an answer arrived, however late | COMPUTED; AGAIN if the answer looks wrong |
+| COMPUTED | its value is doubted later | AGAIN, until other workers have answered |
+| all but COMPUTED, PREDICTED | the run ends, and its prediction is accurate enough | PREDICTED |
+| WAITING, AGAIN, SENT | the run ends, and its prediction is not | FAILED |
 
-Only the call that a row was sent in last takes it out of SENT where it fails: others were given up,
-or are copies. Rows that are known well enough stay WAITING, and are left out of the queue. Once the
-run is over, answers change no row: they judge the error bars of what was not waited for.
+A failed call moves a row out of SENT only if it is the row's main call: the latest one that is not
+a copy. Rows that are predicted accurately enough stay WAITING, but leave the queue. After the run
+is over, answers change no row; they only test the error bars of rows that were not waited for.
 
-Workers are kept busy, row after row: no row waits for others. Once a learner has been fitted to
-what came, rows that it knows well enough need not be computed, and those that it knows least go
-next. Some are computed all the same, drawn at random (`audit`): they judge its error bars.
+Workers are kept busy: no row waits for others. After a learner has been fitted to computed rows,
+rows that it predicts accurately enough need not be computed, and the least certain rows go next.
+Some rows, drawn at random (`audit`), are computed in any case, to test the learner's error bars.
 """
 
 import dataclasses
@@ -39,9 +39,9 @@ from ._table import AGAIN, COMPUTED, FAILED, PREDICTED, SENT, WAITING, RowTable
 
 
 class Answered(NamedTuple):
-    """A worker's values for the rows of a call; `late` by the pool's rule.
+    """A worker's answer to a call, which was `late` if the pool's rule made it overdue.
 
-    Calls of that size take `usual` seconds.
+    `usual` is the median time of calls of that size, in seconds.
     """
 
     call: int
@@ -52,7 +52,7 @@ class Answered(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """A call that will have no answer, since the function `raised`, or its workers died."""
+    """A call that failed for good: the function `raised` on it, or its workers died."""
 
     call: int
     why: str
@@ -60,15 +60,15 @@ class Failed(NamedTuple):
 
 
 class Tick(NamedTuple):
-    """A look at clock, pool and learner.
+    """A reading of the clock, the pool and the learner, taken at regular intervals.
 
     Attributes:
         now: Seconds since the run began.
-        report: Of the pool.
-        ages: Of each call, the seconds for which its worker has had it (0: none has it), and
-            whether that is longer than the pool's rule for overdue tasks.
-        learning: Whether the learner is at work, or rests.
-        fit_seconds: The seconds that the last task took.
+        report: The pool's report.
+        ages: By call, the seconds since its latest worker got it (0 if no worker has it), and
+            whether the call is overdue by the pool's rule.
+        learning: Whether the learner is working, or pausing after its work.
+        fit_seconds: The seconds that the learner's last task took.
     """
 
     now: float
@@ -79,11 +79,11 @@ class Tick(NamedTuple):
 
 
 class Estimated(NamedTuple):
-    """An estimate of the statistic that the run is for, from all rows so far.
+    """A new estimate of the statistic that the caller asked for, from all rows so far.
 
     Attributes:
         estimate: The estimate.
-        short: Whether its interval is short enough.
+        short: Whether `stop_when` accepts it, so that the run may end.
     """
 
     estimate: EnsembleEstimate
@@ -95,18 +95,18 @@ Event: TypeAlias = Answered | Estimated | Failed | Learned | Tick
 
 @dataclasses.dataclass
 class Send:
-    """Send rows to a worker; then the state of this call, until it is `Answered` or `Failed`.
+    """An instruction to send rows to a worker, and afterwards the record of this in-flight call.
 
     Attributes:
-        call: Its number.
+        call: The call's number.
         rows: The rows.
-        size: The rows of the call, which is filled up with its own once more.
+        size: The batch size of the call; if it exceeds the number of rows, these are repeated.
         avoid: Workers that must not get it.
-        copy: Whether it has the rows of another call, which is late.
-        copied: Whether it has a copy.
-        given_up: Whether its rows were sent again after the deadline, or are lost.
-        age: The seconds for which its worker has had it.
-        late: Whether that is longer than usual.
+        copy: Whether it repeats the rows of another in-flight call, which is late.
+        copied: Whether another call repeats its rows.
+        given_up: Whether it exceeded the deadline, so that its rows were queued again or failed.
+        age: The seconds since its latest worker got it.
+        late: Whether it is overdue by the pool's rule.
     """
 
     call: int
@@ -121,9 +121,9 @@ class Send:
 
 
 class Give(NamedTuple):
-    """Have rows written, and give their values to the caller.
+    """An instruction to write rows to the folder, and to pass their values to `on_rows`.
 
-    `computed` is None where they have no values any more, which is written only.
+    `computed` is None for rows whose values were taken back: these are written, not passed on.
     """
 
     rows: Int[np.ndarray, " few"]
@@ -131,13 +131,13 @@ class Give(NamedTuple):
 
 
 class Fence(NamedTuple):
-    """Send these workers nothing more."""
+    """An instruction to send these workers no more calls."""
 
     workers: frozenset[int]
 
 
 class Learn(NamedTuple):
-    """Do this work, beside all else; what it returns is an event."""
+    """An instruction to call `work` on a background thread; a result is an event."""
 
     work: Callable[[], Learned | None]
 
@@ -146,27 +146,27 @@ Instruction: TypeAlias = Send | Give | Fence | Learn
 
 
 class RowState:
-    """All that is known of a run over rows: `handle` takes an event, and says what is to be done.
+    """The state machine of a run over rows: `handle` takes an event and returns instructions.
 
     Args:
         settings: The run's settings.
         x: The inputs of all rows.
-        table: What an earlier run had, if there was one.
-        report: Of the pool.
-        worker_dtype: The dtype that its workers compute in.
+        table: The table of rows, with the values of an earlier run if this one resumes it.
+        report: The pool's report.
+        worker_dtype: The dtype that the workers compute in.
 
     Attributes:
-        calls: Those under way, by number.
-        evidence: The latest estimates, and how far these are off.
-        checks: The doubts about answers, if they are checked.
-        queue: What is sent next.
-        seen: The last look.
-        computed: The number of rows that this run has had computed.
-        estimated: The latest estimate of the statistic, if the run goes on until it is known.
+        calls: The in-flight calls, by number.
+        evidence: The latest predictions, and the errors that calibrate their error bars.
+        checks: The checks of answers, if `check_answers` is set.
+        queue: The rows to send next.
+        seen: The latest `Tick`.
+        computed: The number of rows that this run has computed.
+        estimated: The latest estimate of the statistic, if there is a `stop_when`.
         over: Whether the run has ended.
 
     Raises:
-        ValueError: If answers are to be checked, and there are too few workers.
+        ValueError: If answers are to be checked, and there are fewer than three workers.
     """
 
     def __init__(
@@ -183,50 +183,51 @@ class RowState:
         if settings.check_answers is not None:
             self.checks = RowChecks(table, report.num_workers, settings, worker_dtype)
         self.computed, self.over = 0, False
-        # That number when the learner was last offered what came (an earlier run's rows are news),
-        # and when values that were unchecked were last looked at.
-        self._offered, self._looked_at = -len(table.all_in(COMPUTED)), -1
+        # The value of `computed` at the learner's last task (rows of an earlier run count as new),
+        # and when values that came before there was a check were last checked.
+        self._learned_at, self._checked_at = -len(table.all_in(COMPUTED)), -1
         self.estimated: EnsembleEstimate | None = None
         self._todo: list[Instruction] = []
-        self._row_bytes, self._sent, self._idle = x[0].nbytes, 0, 0  # of calls, and idle workers
+        self._row_bytes = x[0].nbytes  # of a row's inputs
+        self._sent, self._idle = 0, 0  # the numbers of calls sent, and of idle workers
         order = np.random.default_rng(settings.seed).permutation(len(x))
-        # The first rows and some of the others, all at random, judge the learner's error bars.
+        # The first rows and one in twenty of all, in random order, test the learner's error bars.
         table["audit"][order[: first_rows(len(x))]] = table["audit"][order[::20]] = True
         self.queue = RowQueue(table, order, report.num_workers, settings)
 
     def handle(self, event: Event) -> list[Instruction]:
-        """Take an event, and return what is to be done, in that order.
+        """Handle an event, and return the instructions to carry out, in order.
 
         Raises:
             RuntimeError: If the function raises on all of the first rows.
-            ValueError: If it gives what the accuracy does not fit.
+            ValueError: If `max_disagreement` is set, and the function returns one number a row.
         """
         self._todo, table = [], self.table
         if isinstance(event, Answered | Failed):
             call = self.calls.pop(event.call)
             table["overdue"][call.rows] = False
             if isinstance(event, Answered):
-                self._take(event, call)
+                self._handle_answer(event, call)
             elif not self.over:
                 fail_call(self.table, self.queue, call, event.why, event.raised)
         elif isinstance(event, Tick):
             self.seen, self._idle = event, event.report.idle
             if not self.over:
-                self._look(event)
+                self._handle_tick(event)
         elif isinstance(event, Estimated):
             self.estimated = event.estimate
             if event.short and not self.over:
                 self._end("since the statistic was known well enough")
         elif not self.over and self.evidence.take(event) and self.checks is not None:
-            # Values from before there was a check are taken back where they look wrong.
+            # The new check may find earlier values wrong, which are then computed again.
             self._take_back(self.checks.doubt(self.evidence.look_back()))
         if self.over:
             return self._todo
         if isinstance(event, Estimated | Learned) and self.evidence.fit is not None:
             self.queue.refill(self.evidence, self.estimated, self.computed)
         report, out = self.seen.report, sum(not call.given_up for call in self.calls.values())
-        # Two for each worker, so that none waits for the next; one where calls are about to grow.
-        # And one for each that is idle, since it may be a new one.
+        # Two calls in flight for each worker, so that none waits for its next one; only one while
+        # the call size may still grow. And one for each idle worker, which may be a new one.
         ahead = 2 if self.queue.timed else 1
         for _ in range(max(ahead * (report.num_workers - report.starting) - out, self._idle)):
             if not len(rows := self.queue.take()):
@@ -236,7 +237,7 @@ class RowState:
         return self._todo
 
     def _send(self, rows: Int[np.ndarray, " few"], copy: bool = False) -> None:
-        """Send rows to a worker, which gets some of them twice where that makes fewer shapes."""
+        """Send rows to a worker, in a batch padded to a power of two: fewer shapes to compile."""
         size = 1 << (len(rows) - 1).bit_length()
         size = min(size, self.settings.rows_per_call or size)
         avoid = frozenset() if self.checks is None else self.checks.avoid(rows)
@@ -245,8 +246,8 @@ class RowState:
         self._sent += 1
         self._idle = max(self._idle - 1, 0)
 
-    def _take(self, event: Answered, call: Send) -> None:
-        """Take a worker's values, or let them judge error bars where the run is over."""
+    def _handle_answer(self, event: Answered, call: Send) -> None:
+        """Store a worker's values; after the run is over, only test error bars with them."""
         table, rows, values = self.table, call.rows, event.values[: len(call.rows)]
         vectors = values.reshape(len(rows), -1)
         if self.over:
@@ -265,12 +266,12 @@ class RowState:
             looks = self.evidence.look_wrong(rows, vectors)
             given, values = self.checks.take(event.call, event.worker, rows, values, *looks)
             table["state"][rows[~given]] = AGAIN
-            for row in rows[~given].tolist():  # that were given up
-                table.reasons.pop(row, None)
+            for row in rows[~given].tolist():
+                table.reasons.pop(row, None)  # of rows that had failed before
             self.queue.send_again(rows[~given])
             rows, values, vectors = rows[given], values[given], vectors[given]
         if len(rows):
-            late = event.late or call.given_up or call.copy  # a copy is that of a late call
+            late = event.late or call.given_up or call.copy  # a copy repeats a late call
             table["late"][rows] = late
             self.evidence.compare(rows, values.reshape(len(rows), -1), late)
             table.put(rows, values, 0.0, COMPUTED)
@@ -279,32 +280,32 @@ class RowState:
             self.queue.observe(call.size, event.usual, self._row_bytes + values[0].nbytes)
         return self._review()
 
-    def _look(self, tick: Tick) -> None:
-        """Give up calls after their deadline, learn, end when all is done, or copy late calls."""
+    def _handle_tick(self, tick: Tick) -> None:
+        """Give up calls after their deadline, start the learner, end the run, copy late calls."""
         overdue, limit, settings = self.table["overdue"], self.settings.deadline, self.settings
         overdue[:] = False
         for number, (age, late) in tick.ages.items():
             call = self.calls[number]
             call.age, call.late = age, late
             if age > limit and not call.given_up:
-                call.given_up = True  # an answer that still comes is welcome
+                call.given_up = True  # an answer that still arrives is used
                 fail_call(
                     self.table, self.queue, call, f"no answer within {limit:g} s", raised=False
                 )
             overdue[call.rows] |= late or call.given_up
         self._review()
 
-        # Learn what came, if that takes no longer than to compute the rows that wait, at the speed
-        # so far, and calls that last as long again as they have lasted. The speed of the first
-        # second, while calls still grow, is not that of what follows.
+        # Learn, if that takes less time than is left: the time for the waiting rows at the speed so
+        # far, or for the oldest call, which is assumed to last twice its present age. In the first
+        # second, while the call size still grows, the speed so far does not predict the rest.
         until_end = (settings.job_deadline or math.inf) - tick.now
         hurry = until_end < 3 * tick.fit_seconds
-        news = self.computed - self._offered >= NEWS or (hurry and self.evidence.fit is None)
+        news = self.computed - self._learned_at >= NEWS or (hurry and self.evidence.fit is None)
         needed = self.table.values is not None and (settings.tolerance != 0 or self.checks)
         if needed and news and not tick.learning:
             oldest = max((call.age for call in self.calls.values()), default=0.0)
             left = len(self.queue.waiting) * tick.now / max(self.computed, 1)
-            known = self.queue.timed or tick.now >= 1.0 or self._offered < 0
+            known = self.queue.timed or tick.now >= 1.0 or self._learned_at < 0
             if self.queue.spent or (known and max(left, oldest) > min(tick.fit_seconds, until_end)):
                 self._learn(hurry)
 
@@ -312,30 +313,30 @@ class RowState:
             return self._end("before the job's deadline")
         if self.queue.empty and self._finished():
             return self._end("before the job's last call")
-        # Late calls go once more, to workers that would be idle. Copies may be as slow as what they
-        # copy. So before other rows go only those of a run for a statistic whose interval comes
-        # from late rows, on a quarter of the workers.
+        # Late calls are copied once, to workers that would be idle. A copy may be as slow as its
+        # original, so copies go before other rows in one case only: if most of a statistic's
+        # interval comes from late rows. Then they take at most a quarter of the workers.
         late_first = self.estimated is not None and self.estimated.from_late > 0.5
         first = max(tick.report.num_workers // 4, 1) if late_first else 0
         first -= sum(call.copy and not call.given_up for call in self.calls.values())
         for call in sorted(self.calls.values(), key=lambda call: -call.age):
             rows = call.rows[self.table["state"][call.rows] < PREDICTED]
             may = first > 0 or (self.queue.empty and self._idle > 0)
-            elsewhere = call.copy or call.given_up or call.copied  # its rows are in another call
+            elsewhere = call.copy or call.given_up or call.copied  # another call has its rows
             if may and call.late and not elsewhere and len(rows):
                 call.copied, first = True, first - 1
                 self._send(rows, copy=True)
         return None
 
     def _learn(self, hurry: bool) -> None:
-        """Have the learner learn all that came, if there is enough of it."""
-        self._offered = self.computed
+        """Start a learner's task on the computed rows, if there are enough new ones."""
+        self._learned_at = self.computed
         if (work := self.evidence.task(hurry=hurry)) is not None:
             self.seen = self.seen._replace(learning=True)
             self._todo.append(Learn(work))
 
     def _review(self) -> None:
-        """Have workers fenced that answer wrongly, and take back what is in doubt by now."""
+        """Fence workers that answer wrongly, and take back the values that are in doubt now."""
         if self.checks is not None:
             fenced, (rows, accused) = self.checks.fenced, self.checks.review(self.seen.report)
             if self.checks.fenced != fenced:
@@ -345,7 +346,7 @@ class RowState:
             self._take_back(rows)
 
     def _take_back(self, rows: Int[np.ndarray, " few"]) -> None:
-        """Treat rows in doubt as if they had no values, until other workers have computed them."""
+        """Discard the values of rows in doubt, and queue these for other workers."""
         if len(rows):
             self.table.put(rows, np.nan, np.inf, AGAIN)
             self.evidence.forget(rows)
@@ -353,45 +354,45 @@ class RowState:
             self._todo.append(Give(rows, computed=None))
 
     def _finished(self) -> bool:
-        """Return whether no row is to be waited for, now that none may be sent.
+        """Return whether the run need not wait for any row, after the queue has run empty.
 
-        Rows wait to be sent if they were known well enough before, and are not now, since an audit
-        has shown that bars were too short.
+        The refilled queue may hold rows again: those that were predicted accurately enough before
+        an audit showed that the error bars were too short.
         """
         evidence, table, queue = self.evidence, self.table, self.queue
         self.queue.refill(self.evidence, self.estimated, self.computed)
         if self.estimated is not None and not (queue.spent or len(queue.waiting)):
-            rows = table.all_in(WAITING)  # not yet short enough: more are drawn
+            rows = table.all_in(WAITING)  # the interval is still too long: draw more rows
             queue.waiting = np.random.default_rng(self.computed).permutation(rows)[:NEWS]
             table["audit"][queue.waiting], table["known"][queue.waiting] = True, False
         rows = table.all_in(SENT)
         if not queue.empty or (len(rows) and (self.estimated is not None or evidence.fit is None)):
             return False
-        # A call that is not late has its answer soon, which is better than a prediction; and audits
-        # are computed, however late they are.
+        # Calls that are not late will answer soon, and an answer is better than a prediction.
+        # Audits are waited for, however late they are.
         late = [call.rows for call in self.calls.values() if call.late]
         good = np.isin(rows, np.concatenate([[], *late]))
         good &= evidence.score(rows, late=True) <= evidence.limit if len(rows) else True
         good &= ~(table["audit"][rows] & (self.settings.compute == "needed"))
         if not good.all():
             return False
-        if self.seen.learning:  # of rows that may not be computed, nothing else can be known
+        if self.seen.learning:  # rows beyond `max_calls` can only be predicted: wait for that
             return self.checks is None and not (queue.spent and len(table.open))
-        # Values that came before there was a check are looked at, once, and what was learned from
-        # rows that were taken back is learned again.
+        # Before the end, check once the values that came before there was a check, and fit the
+        # learner again if rows that it learned were taken back.
         unchecked = (table["state"] == COMPUTED) & ~table["checked"]
         if (
             self.checks is not None
             and table.values is not None
-            and self._looked_at != self.computed
+            and self._checked_at != self.computed
         ):
-            self._looked_at = self.computed
+            self._checked_at = self.computed
             if unchecked.any() or (not evidence.due and len(table.open)):
                 self._learn(hurry=True)
         return not self.seen.learning
 
     def _end(self, why: str) -> None:
-        """End the run: predict rows that are known well enough, and say why others are not."""
+        """End the run: predict rows where that is accurate enough; note why others failed."""
         self.over, rows = True, self.table.open
         good, score = self.evidence.predict(rows)
         for row, bar in zip(rows[~good].tolist(), score[~good].tolist(), strict=True):
@@ -405,10 +406,10 @@ class RowState:
 
 
 def fail_call(table: RowTable, queue: RowQueue, call: Send, why: str, raised: bool) -> None:
-    """Sort out the rows of a call that has no answer, or one that cannot be used.
+    """Queue the rows of a failed call again, or mark them FAILED after their last attempt.
 
-    A row on which the function raises, or that hangs, must not take those with it that share its
-    calls: they go again in smaller ones, and the last attempt is each row's own.
+    A row on which the function raises or hangs must not fail the rows that share its calls. So they
+    are sent again in smaller calls, and in the last attempt each row has a call of its own.
 
     Raises:
         RuntimeError: If the function raises on all of the first rows.
@@ -429,5 +430,5 @@ def fail_call(table: RowTable, queue: RowQueue, call: Send, why: str, raised: bo
 
 
 def first_rows(number: int) -> int:
-    """Return how many of so many rows are computed before anything is learned, within limits."""
+    """Return how many of `number` rows are audited first: a tenth of them, from 100 to 256."""
     return min(max(number // 10, 100), 256, number)

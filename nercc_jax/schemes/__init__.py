@@ -1,4 +1,4 @@
-"""Schemes: a code with an order of the data, a surrogate, and a measure of trust."""
+"""Schemes: a code with an order of the data, a surrogate, and calibrated uncertainty."""
 
 from ._calibrate import calibrate_error_bars, calibrate_error_probability
 from ._scheme import Scheme, reexecute

@@ -41,29 +41,29 @@ def calibrate_error_probability(
     batch_size: int = 256,
     worker_dtype: DTypeLike | None = None,
 ) -> ErrorProbability:
-    """Measure, on unlabelled data points, how likely labels of decoded predictions are wrong.
+    """Calibrate the probability of wrong labels of decoded predictions, on unlabelled data points.
 
-    All groups meet the straggler sets of all laws; each is answered once. A thousand data points
-    resolve a disagreement of 0.1 %.
+    All groups are decoded under the straggler sets of all laws; the model runs only once. A
+    thousand data points resolve a disagreement of 0.1 %.
 
     Args:
         model: The served model, a function of a batch, or one for each kind of worker, the served
             one first.
-        scheme: A scheme, which is run as it will be: with its order, its surrogate, its regression
-            points and copies; or a code.
-        x: Data points as they will come, whole groups of K; a remainder is left out. Data that the
-            code or the surrogate was tuned on give probabilities that are too small.
-        stragglers: Named laws that straggler sets are drawn from.
-        key: Random key of the draws.
-        num_sets: Straggler sets for each law.
-        batch_size: The most data points in a call of the model, if K and N are no more.
-        worker_dtype: The dtype that the workers compute in. Their answers then differ by rounding
-            from the model's own, which are what predictions are compared with.
+        scheme: A scheme, which is run with its order, its surrogate, its regression points and
+            copies; or a code.
+        x: Unlabelled data points like those in use; a remainder of less than K is left out. Data on
+            which the code or the surrogate was tuned give probabilities that are too small.
+        stragglers: Named laws from which straggler sets are drawn.
+        key: The random key of the draws.
+        num_sets: The number of straggler sets for each law.
+        batch_size: The most data points in a call of the model, if it is at least K and N.
+        worker_dtype: The dtype in which the workers compute. Their answers then differ by rounding
+            from the model's own, with which predictions are compared.
 
     Raises:
-        ValueError: There are no stragglers, the data are not what `evaluate` accepts, the model
-            returns one number a row, which has no label, the code is no regression, or
-            `worker_dtype` is no float.
+        ValueError: There are no stragglers, `evaluate` would not accept the data, the model returns
+            one number a row, which has no label, the code is not a regression, or `worker_dtype` is
+            not a float.
     """
     sets = stragglers, key, num_sets
     seen, form = _observe(model, scheme, x, sets, batch_size, worker_dtype, labels=True)
@@ -91,20 +91,20 @@ def calibrate_error_bars(
     batch_size: int = 256,
     worker_dtype: DTypeLike | None = None,
 ) -> ErrorBars:
-    """Measure, on unlabelled data points, errors of decoded outputs in units of their deviations.
+    """Calibrate the error bars of decoded predictions, on unlabelled data points.
 
     For a learner alone, `calibrate_learner_bars` needs no further data.
 
     Args:
-        model: As for `calibrate_error_probability`, and so are all further ones.
+        model: As for `calibrate_error_probability`, like all further arguments.
         scheme: A scheme or a code.
-        x: Data points as they will come. A learner must not have learned from them, and nothing may
-            have been tuned on them.
-        stragglers: Named laws that straggler sets are drawn from.
-        key: Random key of the draws.
-        num_sets: Straggler sets for each law.
+        x: Unlabelled data points like those in use. A learner must not have learned from them, and
+            nothing may have been tuned on them.
+        stragglers: Named laws from which straggler sets are drawn.
+        key: The random key of the draws.
+        num_sets: The number of straggler sets for each law.
         batch_size: The most data points in a call of the model.
-        worker_dtype: The dtype that the workers compute in.
+        worker_dtype: The dtype in which the workers compute.
 
     Raises:
         ValueError: As `calibrate_error_probability`, or every prediction is exact.
@@ -126,7 +126,7 @@ def _observe(
 ) -> tuple[tuple[Array, ...], Form]:
     """Run a scheme once; return its errors under sets of each law, and the outputs' form.
 
-    The errors are those of `_errors_of_sets`. Where `labels` count, outputs without are refused.
+    The errors are those of `_errors_of_sets`. With `labels`, outputs without labels are refused.
     """
     stragglers, key, num_sets = sets
     scheme = scheme if isinstance(scheme, Scheme) else Scheme(scheme)
@@ -140,7 +140,7 @@ def _observe(
             "calibrate_error_bars and a tolerance are for values"
         )
 
-    # The programs are the model's, whatever is sent, and one that decodes.
+    # The compiled programs: one encodes, one runs the model, and one decodes.
     encoder = encoder_of(scheme.code)
     prepared, coded = eqx.filter_jit(scheme.encode)(x, encoder)
     workers = cast_model(model if callable(model) else tuple(model), worker_dtype)
@@ -162,11 +162,11 @@ def _errors_of_sets(
     form: Form,
     masks: Bool[Array, "sets num_workers"],
 ) -> tuple[Array, Array, Array, Array]:
-    """Return, by straggler set, group and data point, the errors of what `decode` returns.
+    """Return the errors of decoded predictions, by straggler set, group and data point.
 
-    These are the features that rank them (`label_features`); whether a prediction is an answer to
-    the data point itself; whether its label differs from the model's `own`, or it is lost; and its
-    error over its deviation, NaN where it is exact, lost, or has no deviation.
+    The four arrays are: the features that rank predictions (`label_features`); whether a prediction
+    is exact; whether its label differs from the model's `own`, or it is lost; and the ratio of its
+    error to its deviation, NaN if it is exact, lost, or has no deviation.
     """
 
     def of_set(mask: Array) -> tuple[Array, Array, Array, Array]:

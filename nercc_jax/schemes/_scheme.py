@@ -1,4 +1,4 @@
-"""A code with an order of the data, a surrogate, and a measure of trust."""
+"""Schemes: a code with an order of the data, a surrogate, and calibrated uncertainty."""
 
 import dataclasses
 import math
@@ -35,20 +35,21 @@ def reexecute(
     """Replace uncertain predictions by the model's own answers.
 
     The replaced predictions are recovered, with an error probability and a deviation of 0. The
-    model runs on powers of two of data points, so that few programs are compiled.
+    batch is padded to a power of two, so that few programs are compiled.
 
     Args:
         model: The served model, a function of a batch.
         x: The data points that were assessed.
         assessed: Their predictions.
-        limit: The largest score that is left as it is (`ErrorProbability.limit`, or a tolerance);
-            0 leaves what is certain.
-        score: How uncertain each prediction is, such as its error bar (`ErrorBars`); default: its
-            error probability. What was not recovered is replaced in any case.
+        limit: The largest score of a prediction that is kept (`ErrorProbability.limit`, or a
+            tolerance); 0 keeps only certain ones.
+        score: The uncertainty of each prediction, such as its error bar (default: its error
+            probability). Predictions that were not recovered are replaced, too, unless the limit is
+            1 and there is no score.
 
     Raises:
-        ValueError: There is no score, the limit is negative, the model is in training mode, or x is
-            not what was assessed.
+        ValueError: There is no score, the limit is negative, the model is in training mode, or x
+            does not have the shape of the assessed data points.
     """
     check_model(model)
     lead = assessed.recovered.shape
@@ -90,14 +91,14 @@ def reexecute(
 
 
 class PreparedInputs(eqx.Module):
-    """Decisions of a scheme on a batch before anything is sent.
+    """The decisions of a scheme on a batch, before encoding.
 
     Attributes:
-        order: The order of the data points in their groups.
-        own: The surrogate's outputs on the data points as they came, where they are ordered or
-            copied by them.
-        beta: The workers' regression points in each group, all of them data points' own; None where
-            all groups have the code's.
+        order: The order in which data points are cut into groups.
+        own: The surrogate's outputs on the data points, in their original order; None unless the
+            order or the copies depend on them.
+        beta: The workers' regression points in each group, each that of a data point; None if all
+            groups use the code's.
     """
 
     order: Int[Array | np.ndarray, " points"]
@@ -106,7 +107,7 @@ class PreparedInputs(eqx.Module):
 
 
 class Scheme(eqx.Module):
-    """A code, and what is added to it: order, surrogate, trust, and placement of copies.
+    """A code with additions: an order, a surrogate, calibrated uncertainty, and copies.
 
     `coded_inference(model, scheme)` carries it out:
 
@@ -123,24 +124,25 @@ class Scheme(eqx.Module):
     Attributes:
         code: A code for K data points on N workers.
         surrogate: A cheap model (`fit_surrogate`), or a learner from past answers (`fit_learner`).
-        error_probability: Trust in labels (`calibrate_error_probability`), for one model, and for
-            data in the order that the scheme has.
-        order: What data points are ordered by, within buffers (`order_points`): "pixels" for a
-            projection of the data points, "surrogate" for the surrogate's outputs, or a function of
-            a batch. None keeps them as they come.
-        buffer_size: Data points that are ordered together.
-        bars: Trust in numbers (`calibrate_error_bars`).
-        redundancy: "code" leaves the redundant workers to the code; "uncertain" gives them copies
-            of those data points of each group that the surrogate is least certain of: by its
-            deviation where it has one (a learner does), else by the probability of its label (a
-            student's), which then answers what is lost alone, whatever its theta and kappa. None is
-            "uncertain" where the surrogate has a deviation and the code is NeRCC.
-        straggler_share: With "uncertain", the share of the workers that are expected to straggle:
-            with more of them, a few data points get several copies.
+        error_probability: The calibrated probability of wrong labels
+            (`calibrate_error_probability`), for one model and this scheme's order.
+        order: The features by which data points are ordered, within buffers (`order_points`):
+            "pixels" for a projection of the data points, "surrogate" for the surrogate's outputs,
+            or a function of a batch. None keeps their order.
+        buffer_size: The number of data points that are ordered together.
+        bars: The calibrated error bars of values (`calibrate_error_bars`).
+        redundancy: "code" encodes the data points for the redundant workers; "uncertain" gives
+            these workers copies of the data points of each group of which the surrogate is least
+            certain: by its deviation if it has one (a learner), else by the probability of its
+            label (a student). A student then alone answers lost data points, whatever its theta and
+            kappa. None means "uncertain" if the surrogate has a deviation, the code is NeRCC, and
+            N > K; else "code".
+        straggler_share: With "uncertain", the expected share of workers that straggle. The larger
+            it is, the more copies the most uncertain data points get.
 
     Raises:
-        ValueError: The order needs a surrogate that is not there, the redundancy cannot be placed,
-            or the code has no regression points to move.
+        ValueError: The order or the redundancy needs a surrogate, the code cannot place copies (too
+            few workers, or no regression points), or an argument is invalid.
     """
 
     code: AbstractCode
@@ -188,13 +190,13 @@ class Scheme(eqx.Module):
 
     @property
     def _has_points(self) -> bool:
-        """Return whether the code has points and lambdas, as NeRCC has."""
+        """Return whether the code has regression points and lambdas, like NeRCC."""
         names = {field.name for field in dataclasses.fields(self.code)}
         return {"alpha", "beta", "lambda_enc", "lambda_dec"} <= names
 
     @property
     def _doubts_labels(self) -> bool:
-        """Return whether copies go by a student's doubt, who then answers what is lost alone."""
+        """Return whether copies depend on a student's label probabilities (see `redundancy`)."""
         return self.places_copies and not (self.surrogate and self.surrogate.has_deviation)
 
     def arrange(
@@ -202,14 +204,14 @@ class Scheme(eqx.Module):
     ) -> Int[Array, " points"]:
         """Return the order in which data points are coded: `x[order]` is cut into groups of K.
 
-        What the surrogate and the error probability are fitted on must come in this order, too.
+        The data to which surrogate and error probability are fitted must be in this order, too.
 
         Args:
             x: Data points.
-            own: The surrogate's outputs on them, where they are known.
+            own: The surrogate's outputs on them, if they are known.
 
         Raises:
-            ValueError: As `order_points`.
+            ValueError: As `order_points` does.
         """
         x, features = to_device(x), self.order
         if features is None:
@@ -222,11 +224,11 @@ class Scheme(eqx.Module):
         return order_points(x, self.code.num_data, features=features, buffer_size=self.buffer_size)
 
     def prepare(self, x: PyTree[Shaped[Array, "points ..."]]) -> PreparedInputs:
-        """Decide order and copies for data points (whole groups of K); a pure function."""
+        """Return the order and the copies for data points (whole groups of K); a pure function."""
         surrogate, own = self.surrogate, None
         code: Any = self.code
         if surrogate is not None and (self.order == "surrogate" or self._doubts_labels):
-            own = surrogate.outputs(x)  # once, for order, copies and decoding
+            own = surrogate.outputs(x)  # only once, for order, copies and decoding
         arranged = PreparedInputs(self.arrange(x, own), own)
         if not self.places_copies:
             return arranged
@@ -239,7 +241,7 @@ class Scheme(eqx.Module):
         return PreparedInputs(arranged.order, own, code.alpha[holds])
 
     def with_copies(self, beta: Float[Array, " num_workers"]) -> Any:
-        """Return the code of one group whose workers have copies; answers are not smoothed."""
+        """Return the code of one group with copies, at these points and without smoothing."""
         places = lambda code: (code.beta, code.lambda_enc, code.lambda_dec)  # noqa: E731
         none = jnp.zeros_like(places(self.code)[1])
         return eqx.tree_at(places, self.code, (beta, none, none))
@@ -247,7 +249,7 @@ class Scheme(eqx.Module):
     def encode(
         self, x: PyTree[Shaped[Array, "points ..."]], encoder: ArrayLike | None
     ) -> tuple[PreparedInputs, PyTree[Shaped[Array, "groups num_workers ..."]]]:
-        """Return the decisions and the coded data points; a pure function.
+        """Return the decisions on a batch and its coded data points; a pure function.
 
         Args:
             x: Data points, whole groups of K.
@@ -263,7 +265,7 @@ class Scheme(eqx.Module):
     def encoders(
         self, prepared: PreparedInputs
     ) -> Float[Array, "groups num_workers num_data"] | None:
-        """Return each group's encoder; None where all have the code's."""
+        """Return each group's encoder; None if all groups use the code's."""
         if prepared.beta is None:
             return None
         return jax.vmap(lambda beta: self.with_copies(beta).encoder_matrix())(prepared.beta)
@@ -276,10 +278,10 @@ class Scheme(eqx.Module):
         available: Bool[Array, "groups num_workers"],
         known: CachedMatrices,
     ) -> Decoded:
-        """Return predictions of the data points in the order in which they came; a pure function.
+        """Return predictions of the data points in their original order; a pure function.
 
         Raises:
-            ValueError: The surrogate's outputs are not like the model's.
+            ValueError: The surrogate's outputs differ in form from the model's.
         """
         sent, (vectors, form) = self.groups(x, prepared), join(y, 2)
         prior = self.expect(sent, prepared, known.encoder, form)
@@ -299,10 +301,10 @@ class Scheme(eqx.Module):
     def expect(
         self, sent: PyTree, prepared: PreparedInputs, encoder: ArrayLike | None, form: Form
     ) -> AbstractGroupPrior | None:
-        """Return what the surrogate knows of groups as they are sent; None without a surrogate.
+        """Return the surrogate's prior for groups as they are coded; None without a surrogate.
 
         Raises:
-            ValueError: The surrogate's outputs are not like the model's, which have this `form`.
+            ValueError: The surrogate's outputs differ from the model's, which have this `form`.
         """
         if self.surrogate is None:
             return None
@@ -319,15 +321,15 @@ class Scheme(eqx.Module):
         available: Bool[Array, "groups num_workers"],
         decoders: Any = None,
     ) -> tuple[Decoded, Array | None]:
-        """Decode groups as they were sent, whose answers are joined to vectors; a pure function.
+        """Decode groups in the order of coding, from answers as vectors; a pure function.
 
         Returns:
-            Predictions as vectors with their deviations, and the surrogate's outputs after the
-            answers.
+            Predictions as vectors, with their deviations; and the surrogate's outputs, conditioned
+            on the answers.
         """
         surrogate = self.surrogate
         if surrogate is not None and self._doubts_labels:
-            # Neighbours have nothing to tell of data points that only their copies answer.
+            # Workers compute data points, not mixtures: other answers do not help a lost one.
             alone = jnp.ones_like(surrogate.theta), jnp.full_like(surrogate.kappa, jnp.inf)
             surrogate = eqx.tree_at(lambda one: (one.theta, one.kappa), surrogate, alone)
 
@@ -345,15 +347,15 @@ class Scheme(eqx.Module):
     def groups(
         self, x: PyTree[Shaped[Array | np.ndarray, "points ..."]], prepared: PreparedInputs
     ) -> PyTree[Shaped[Array | np.ndarray, "groups num_data ..."]]:
-        """Return data points, or what belongs to each, in the groups in which they are coded."""
+        """Return data points, or arrays with a row for each, in the groups that are coded."""
         return groups_of(jax.tree.map(lambda leaf: leaf[prepared.order], x), self.code.num_data)
 
 
 def label_doubt(outputs: PyTree[Float[Array, "points ..."]]) -> Float[Array, " points"]:
-    """Return 1 minus the probability of each data point's label, the least certain of several.
+    """Return 1 minus the probability of each data point's label; of several, the least certain one.
 
-    Rows of probabilities (none negative, with a sum of 1) are taken as they are, and others as
-    logits. Where outputs are not finite, the doubt is 1.
+    Rows that are probabilities (none negative, with a sum of 1) are used unchanged, others as
+    logits. If outputs are not finite, the result is 1.
 
     Raises:
         ValueError: The outputs have no labels.
@@ -370,7 +372,7 @@ def label_doubt(outputs: PyTree[Float[Array, "points ..."]]) -> Float[Array, " p
         given = jnp.all(part >= 0, -1) & (jnp.abs(jnp.sum(part, -1) - 1) < 1e-3)
         probabilities = jnp.where(given[..., None], part, jax.nn.softmax(part))
         best = jnp.argmax(part, axis=-1, keepdims=True)
-        # The others' sum: 1 - p would be 0 in float32 for many that are not as certain.
+        # The sum of the other probabilities, since 1 - p would often be rounded to 0 in float32.
         others = jnp.where(jnp.arange(part.shape[-1]) == best, 0, probabilities)
         least_certain = jnp.max(jnp.sum(others, -1).reshape(len(part), -1), axis=1)
         doubt = jnp.maximum(doubt, jnp.nan_to_num(least_certain, nan=1.0))
@@ -382,15 +384,15 @@ def copies_of_uncertain(
 ) -> Int[Array, "groups num_workers"]:
     """Return the data point of each worker in each group.
 
-    All data points come once, and uncertain ones again: with the share `lost` of the workers, a
-    further copy of a data point that c workers have takes deviation^2 lost^c off the expected
-    squared error, and copies go, one by one, where that is most. `deviation` is that of each data
+    Each data point is sent once, and uncertain ones again. If a share `lost` of the workers is
+    lost, a further copy of a data point that c workers have reduces the expected squared error by
+    deviation^2 lost^c, and each copy goes where that is most. `deviation` is that of each data
     point's prediction, or the root of the probability that its label is wrong.
     """
     groups, num_data = deviation.shape
     own = jnp.broadcast_to(jnp.arange(num_data), (groups, num_data))
-    # What is infinite ranks first, and its copies among each other. Roots rank as the gains do, and
-    # stay within float32 in any unit.
+    # Infinite deviations rank first, and share copies equally. The roots of the gains rank as the
+    # gains do, and do not overflow float32 in any unit.
     worth, kept = jnp.minimum(deviation, jnp.finfo(deviation.dtype).max), math.sqrt(lost)
 
     def next_copy(worth: Array, _: None) -> tuple[Array, Array]:

@@ -1,26 +1,26 @@
 """Coded serving: a batcher on any pool, and a server around it (extra `serve`).
 
-The way of a request through eight files, and of its reply back:
+The path of a request through eight files, and of its reply back:
 
 1. `transport/_rest.py` or `transport/_grpc.py` receives it, counts its bytes, finds the model.
 2. `transport/_state.py`: `ServerState.answer` reads and checks it (`protocol/_messages.py`).
-3. `_served_model.py`: `ServedModel.infer` preprocesses, makes rows of tensors, awaits the reply.
-4. `_batcher.py`: `CodedBatcher.submit` checks it, and posts it to the one thread that decides.
-5. `core/_requests.py`: `OpenRequests.accept` takes it, `enqueue` puts its queries into the queue
-   and keeps its deadline.
-6. `_dispatch.py`: while workers are idle, `Dispatcher.dispatch` sends queries as they came, as
-   parts of a `Group` (`core/_group.py`), and a full group's coded data points, to the pool, which
-   owns calls, copies and overdue times.
-7. `_batcher.py` again: `CodedBatcher._receive` takes answers from the pool; the model's own go out
-   at once, unless they look wrong (`_answer_screen.py`). `decide` (`core/decide.py`) says what
-   becomes of late queries, and `CodedBatcher._decide` does it.
-8. `OpenRequests.answer` resolves the future once each query is answered, and the reply goes back.
-   `response_of` makes the response of it, which the transport writes.
+3. `_served_model.py`: `ServedModel.infer` preprocesses it, packs tensors into rows, awaits a reply.
+4. `_batcher.py`: `CodedBatcher.submit` checks it, and posts it to the deciding thread.
+5. `core/_requests.py`: `OpenRequests.accept` accepts it; `enqueue` puts its queries into the queue
+   and sets its deadline.
+6. `_dispatch.py`: while workers are idle, `Dispatcher.dispatch` sends uncoded queries, as parts of
+   a `Group` (`core/_group.py`), and then a full group's coded data points, to the pool, which
+   handles calls, copies and overdue times.
+7. `_batcher.py` again: `CodedBatcher._receive` takes answers from the pool. The model's own answers
+   are returned at once, unless they look wrong (`_answer_screen.py`). `decide` (`core/decide.py`)
+   decides on late queries, and `CodedBatcher._decide` carries that out.
+8. `OpenRequests.answer` resolves the future once all queries are answered. `response_of` turns the
+   reply into a response, which the transport writes.
 
-Whatever approximate was given out is compared with the model's own answer, however late
-(`_approximate.py`). Scores of decoded answers are calibrated before a model is ready
-(`adapt/_decoding.py`); one thread learns a surrogate and picks settings meanwhile (the rest of
-`adapt/`). `decide` gets what is known as `LateEvidence`.
+Approximate answers that were returned to a client are compared with the model's own answers,
+however late these come (`_approximate.py`). The scores of decoded answers are calibrated before a
+model is ready (`adapt/_decoding.py`). During serving, one thread trains a surrogate and picks
+settings (the rest of `adapt/`). `decide` gets their state as `LateEvidence`.
 """
 
 import importlib
@@ -48,8 +48,8 @@ if TYPE_CHECKING:  # for readers and type checkers; `_WHERE` says the same
     from .transport._server import Server as Server
     from .transport._server import make_server as make_server
 
-# Imported when they are first used: a server's settings need no JAX, so that errors in them are
-# reported at once.
+# Imported at first use: reading a server's settings needs no JAX, so errors in them are reported
+# at once.
 _WHERE = {
     "_batcher": "CodedBatcher",
     "_policy": "BatchingPolicy",

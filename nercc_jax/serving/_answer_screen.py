@@ -1,12 +1,12 @@
-"""The screen: the model's own answers that look wrong are held back and computed again elsewhere.
+"""The screen: holds back the model's own answers that look wrong; other workers compute them again.
 
-Which answers these are, and which workers are fenced, is decided by `AnswerChecks`; this
-file has the queries that wait for it. A query that is held back goes out again at once, to another
-worker; where the two differ, to a third. At most three workers compute it. Shortly before its
-deadline an answer goes out as it is, and the reply says so.
+`AnswerChecks` decides which answers these are, and which workers are fenced; this file keeps the
+queries that wait. A query whose answer is held back is sent at once to another worker; if the two
+answers differ, to a third. At most three workers compute it. Shortly before its deadline the answer
+is returned anyway, marked in the reply as suspicious.
 
-Other answers that came in the same call to the same request wait as well, which delays no reply. If
-one of the call is outvoted, they are computed again, too.
+Other answers from the same call to the same request also wait, which delays no reply. If an answer
+of the call is outvoted, they are computed again, too.
 """
 
 import itertools
@@ -22,20 +22,20 @@ from .core._request import Query
 from .core._requests import Timers
 from .core._setup import Setup
 
-# The share of a deadline that is left when an answer that is held back goes out as it is.
+# The share of its deadline that is left when an answer is no longer held back.
 _LEFT = 0.1
-_MAX_FENCED = 0.25  # share of the workers that is fenced for wrong answers
-_EVERY = 1.0  # seconds between looks whether a fenced worker was replaced
-# Queries held back, as a share of all: more would double the load where the queries have changed.
-# What the latest thousand earned is kept for later.
+_MAX_FENCED = 0.25  # the largest share of workers that may be fenced for wrong answers
+_EVERY = 1.0  # seconds between checks whether a fenced worker was replaced
+# The largest share of queries that may be held back: without it the load doubles when the queries
+# change. The unused budget of the latest `_SAVED` queries is kept.
 _MOST, _SAVED = 0.2, 1000
 
 
 class AnswerScreen:
-    """Holds back the answers that look wrong, on the deciding thread; without checks, none.
+    """The answers that are held back because they look wrong; none without `check_answers`.
 
-    After each call, `take` returns the queries that are to be computed again, and those that are
-    settled.
+    Used by the deciding thread only. After each call, `take` returns the queries to compute again,
+    and those that are settled.
     """
 
     def __init__(self, setup: Setup, predictor: Predictor | None):
@@ -49,7 +49,7 @@ class AnswerScreen:
         self._fenced: frozenset[int] = frozenset()
         self._budget = _MOST * _SAVED
         self._due: Timers[Query] = Timers()
-        # Answers that nobody doubts, by their calls, with those of the same call that are in doubt.
+        # Answers that do not look wrong: their call, and the queries of that call that do.
         self._others: dict[Query, tuple[int, Sequence[Query]]] = {}
         self._calls = itertools.count()
         self._look_at = -math.inf if self._checks is not None else math.inf
@@ -60,9 +60,10 @@ class AnswerScreen:
         return min(self._due.next, self._look_at)
 
     def take(self) -> list[tuple[Query, Verdict | None]]:
-        """Return what was decided since the last call: None to compute a query again.
+        """Return the queries decided since the last call, with None for those to compute again.
 
-        A verdict's answer is to be given out. Where no two workers agree on it, it is in doubt.
+        The answer of any other query's verdict must be returned to the client. It is suspicious
+        unless two workers agree on it.
         """
         outcomes, self._outcomes = self._outcomes, []
         if self._checks is not None and self._checks.fenced is not self._fenced:
@@ -73,7 +74,7 @@ class AnswerScreen:
     def receive(
         self, worker: int, queries: Sequence[Query], values: np.ndarray
     ) -> list[int] | range:
-        """Take a worker's answers to queries, and return the rows that go out as they are."""
+        """Take a worker's answers to queries; return the rows that are not held back."""
         if self._checks is None or self._predictor is None:
             return range(len(queries))
         checks, call = self._checks, next(self._calls)
@@ -94,7 +95,7 @@ class AnswerScreen:
             query = queries[row]
             if row in new:
                 self._doubt(query)
-            else:  # one that a further worker has will have another answer anyway
+            else:  # a copy that is in flight will bring another answer anyway
                 copied = any(not group.mask.all() for group in query.groups[1:])
                 self._hold(query, again=not copied)
         held, out = [queries[row] for row in waiting if row in new], []
@@ -107,7 +108,7 @@ class AnswerScreen:
         return out
 
     def settle_due(self, now: float) -> None:
-        """Settle the queries whose deadlines do not allow to wait; look who was replaced."""
+        """Settle the queries whose deadlines are near; trust workers again that were replaced."""
         if self._checks is not None and now >= self._look_at:
             self._checks.look([each.deaths for each in self._setup.pool.report().workers])
             self._look_at = now + _EVERY
@@ -122,18 +123,18 @@ class AnswerScreen:
             self._settle(query, verdict)
 
     def release(self) -> None:
-        """Settle the queries that waited for others, which have their answers now."""
+        """Settle the queries that waited for doubted answers of their call that are now settled."""
         for query, (_, doubted) in list(self._others.items()):
-            if query.done or len(query.candidates) > 1:  # somebody else has answered
+            if query.done or len(query.candidates) > 1:  # another worker has answered
                 del self._others[query]
             elif not any(each.request is query.request and not each.done for each in doubted):
                 del self._others[query]
                 ((worker, candidate),) = query.candidates.items()
-                verdict = Verdict(candidate.value, (worker, -1))  # nobody doubts it
+                verdict = Verdict(candidate.value, (worker, -1))  # agreed: it does not look wrong
                 self._outcomes.append((query, verdict))
 
     def _settle(self, query: Query, verdict: Verdict) -> None:
-        """Give a held query's answer out; where it was outvoted, doubt what waits for that."""
+        """Settle a query by a verdict; doubt the answers that waited for an outvoted call."""
         assert self._checks is not None
         self._setup.observe("check_agreed" if verdict.agreed else "check_open", 1)
         self._outcomes.append((query, verdict))
@@ -146,7 +147,7 @@ class AnswerScreen:
                     self._doubt(other)
 
     def _doubt(self, query: Query) -> None:
-        """Hold back a query's only answer; give it out as it is where the budget is spent."""
+        """Hold back a query's only answer; settle the query with it if the budget is spent."""
         if self._budget < 1:
             ((worker, candidate),) = query.candidates.items()
             self._settle(query, Verdict(candidate.value, (worker, worker)))
@@ -162,7 +163,7 @@ class AnswerScreen:
             self._outcomes.append((query, None))
 
     def status(self) -> dict[str, Any] | None:
-        """Return what the checks found; None where there are none."""
+        """Return the results of the checks for the status; None without checks."""
         if self._checks is None or self._predictor is None:
             return None
         return {"ready": self._predictor.checks_answers} | self._checks.status()

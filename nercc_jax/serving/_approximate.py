@@ -1,11 +1,11 @@
-"""Approximate answers: how they are made, given out and compared, and what is learned from that.
+"""Approximate answers: how they are computed, returned, and compared with the model's own answers.
 
-They stand at their queries (`Query.approximate`), by source. Each is compared with the model's own
-answer, however late that comes, whether it was given out or not. What becomes of them is for
-`core/decide.py` to say.
+Queries hold their approximate answers by source (`Query.approximate`). Each is compared with the
+model's own answer, however late that comes, whether it was returned to the client or not.
+`core/decide.py` decides which ones are returned.
 
-The deciding thread calls these methods, so each returns at once. One other thread learns: the
-surrogate, and the setting. What it hands over is immutable.
+The deciding thread calls these methods, so each returns at once. One other thread trains the
+surrogate and picks the setting; it hands over immutable objects.
 """
 
 import dataclasses
@@ -31,21 +31,21 @@ from .core.decide import GiveOut, LateEvidence
 
 _LOG = logging.getLogger(__name__)
 
-_PAUSE = 1.0  # seconds before the learning thread goes on after a failure
-# Bytes that are kept for late answers in all, and that a group takes beside its arrays.
+_PAUSE = 1.0  # seconds before the learning thread continues after a failure
+# The most bytes of groups kept for late answers, and the bytes of a group without its arrays.
 _KEPT, _GROUP = 1 << 26, 1 << 14
 
 
 class Approximations:
-    """Two sources of approximate answers, and the choice of settings.
+    """The two sources of approximate answers, their comparison, and the choice of settings.
 
-    The memory of groups that are kept for late answers is bounded.
+    Groups wait for late answers in bounded memory.
 
     Attributes:
-        setup: The batcher's parts; its `observe` passes the choice of settings.
-        turns: The thread that learns, not started yet.
-        decoded: The evidence of stragglers on decoded answers.
-        predictor: The surrogate, ready or not; None where there is none.
+        setup: The batcher's parts; their `observe` also informs the choice of settings.
+        turns: The learning thread, not started yet.
+        decoded: The evidence from stragglers on the risk of decoded answers.
+        predictor: The surrogate, calibrated or not; None without one.
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class Approximations:
     ):
         """Compile the decoder.
 
-        `submit` takes requests of the server's own, unless queries wait, and returns whether.
+        `submit` submits a request of the server's own and returns True, or False if queries wait.
 
         Raises:
-            ValueError: for a policy that does not fit the predictor, or the promise that the scores
-                were calibrated for.
+            ValueError: If the policy does not fit the predictor, or the accuracy for which the
+                scores were calibrated.
         """
         policy, coder = setup.policy, setup.coder
         known, wanted = scores.accuracy, policy.accuracy
@@ -81,11 +81,11 @@ class Approximations:
             setup = dataclasses.replace(setup, observe=self._controller.observe)
         self.setup, self.predictor, self._submit = setup, predictor, submit
         self._scores = dataclasses.replace(scores, accuracy=wanted)
-        # Whether approximate answers may be given out at all, by what the outputs are.
+        # Values without a tolerance have exact answers only.
         self._allowed = policy.outputs != "values" or policy.tolerance is not None
         self._setting = DispatchSetting.of_policy(policy)
         if coder.can_decode and not self._decodes:
-            # What mixes queries is of no use where nothing may be decoded.
+            # Coded data points that mix queries are useless if nothing may be decoded.
             self._setting = self._setting._replace(redundancy="none")
         if predictor is not None:
             predictor.attach(setup, self.turns.wake)
@@ -96,13 +96,13 @@ class Approximations:
             coder.decode(zeros[:, None], everyone > 0, policy.max_batch_size)
 
     def _turn(self) -> float:
-        """Learn, on the thread that does, and return when to do so again."""
+        """Run a turn of the predictor and the controller; return when the next one is due."""
         due = math.inf
         for learner in (self.predictor, self._controller):
             try:
                 due = due if learner is None else min(due, learner.turn())
             except Exception:
-                # Earlier results stay; what comes may do better.
+                # Earlier results stay in use; the next turn may succeed.
                 _LOG.exception("learning from the traffic failed")
                 self.setup.observe("internal_error", 1)
                 due = min(due, self.setup.clock.now() + _PAUSE)
@@ -110,13 +110,13 @@ class Approximations:
 
     @property
     def _decodes(self) -> bool:
-        """True if decoded answers may be given out: nothing is promised, or it was calibrated."""
+        """True if decoded answers may be returned: calibrated, or without a promised accuracy."""
         promises = self.setup.policy.accuracy.promises
         return self._allowed and (not promises or bool(self._scores.calibrated))
 
     @property
     def setting(self) -> DispatchSetting:
-        """The setting that holds now."""
+        """The present setting."""
         return self._setting if self._controller is None else self._controller.setting
 
     def _risk(self, source: Source) -> Risk:
@@ -126,16 +126,16 @@ class Approximations:
         return self.decoded
 
     def _limit(self, queries: int) -> float | None:
-        """Return the limit of decoded answers' scores, as `LateEvidence` has it."""
+        """Return the limit of decoded answers' scores, as `LateEvidence.limit`."""
         if not self._scores.accuracy.promises:
             return math.inf
         if queries not in self._scores.calibrated:
             return None
-        # What has had a drift is compared without being given out.
+        # After a drift, decoded answers are only compared, not returned.
         return self._scores.limit(queries) if self.decoded.drifts == 0 else -1.0
 
     def evidence(self, queries: int) -> LateEvidence:
-        """Return what is known by now, for a group with this number of queries."""
+        """Return the present evidence, for a group with this number of queries."""
         predictor = self.predictor
         risk: dict[Source, Risk] = {"decoded": self.decoded}
         if predictor is not None:
@@ -145,17 +145,17 @@ class Approximations:
         return LateEvidence(self.setting, self._allowed, predicts, limit, risk)
 
     def predict(self, group: Group, places: Sequence[Place]) -> None:
-        """Add a surrogate's answers to a group's queries, of which each is looked up once.
+        """Add the surrogate's answers to a group's queries, once for each query.
 
-        What a surrogate learns while a query waits is hardly more. Before it is ready, and while
-        it has drifted, there are none.
+        A surrogate learns hardly anything while a query waits. Until it is calibrated, and after a
+        drift, no answers are added.
         """
         new = [query for query in map(group.query, places) if "predicted" not in query.approximate]
         setup, predictor = self.setup, self.predictor
         if not new or predictor is None or not self._allowed:
             return
         begin = setup.clock.now()
-        # Queries that somebody waits for have their data.
+        # Open queries still have their data.
         x = np.stack([x for each in new if (x := each.x) is not None])
         found = predictor.predict(x)
         if found is None:
@@ -172,9 +172,9 @@ class Approximations:
             query.approximate["predicted"] = made
 
     def decode(self, group: Group, places: Sequence[Place]) -> None:
-        """Add decoded answers to a group's queries, where they are sound.
+        """Add decoded answers to a group's queries, if they are recovered and finite.
 
-        A code may have lost a query, and a sum of large answers may overflow.
+        The sum of large answers may overflow.
         """
         setup, number = self.setup, len(group.cells)
         begin, accuracy = setup.clock.now(), setup.policy.accuracy
@@ -210,7 +210,7 @@ class Approximations:
             )
 
     def give(self, group: Group, given: GiveOut) -> tuple[Query, Answer]:
-        """Return an answer that is given out, as the caller sees it, which is to be compared."""
+        """Mark an approximate answer as given out; return its query, and the answer to send."""
         source = given.source
         query, tolerance = group.query(given.place), self.setup.policy.tolerance
         answer, risk = query.approximate[source], self._risk(source)
@@ -226,9 +226,9 @@ class Approximations:
         return query, Answer(answer.value[None], source, *basis, disagreement, error)
 
     def learn(self, query: Query, own: np.ndarray | None) -> None:
-        """Compare approximate answers to a query with the model's own, and learn from this.
+        """Compare approximate answers to a query with the model's own, and train the surrogate.
 
-        None stands for one that will never come.
+        `own` is None if the model's own answer will never come.
         """
         x = query.x
         approximate, query.approximate = query.approximate, {}
@@ -242,13 +242,10 @@ class Approximations:
             self.predictor.add_answer(x, own)
 
     def audit(self, given: Answer, own: np.ndarray | None) -> bool:
-        """Compare an answer with the model's own, which came late, or is None and will never come.
+        """Compare an approximate answer with the model's own; return whether it was right.
 
-        One that will never come counts as wrong. If too many of those given out are wrong, nothing
-        more is given out until there is evidence on other stragglers.
-
-        Returns:
-            Whether it was right.
+        Without an own answer (None) it counts as wrong. If too many answers that were given out are
+        wrong, no more are given out until there is new evidence from other stragglers.
         """
         labels, risk = self.setup.policy.tolerance is None, self._risk(given.source)
         wrong, excess, value = labels, math.inf, given.value.ravel()
@@ -273,21 +270,21 @@ class Approximations:
         return not (wrong if labels else excess > given.widened)
 
     def keep(self, group: Group) -> list[Group]:
-        """Keep a group that is over for what may still come; return the groups that are not kept.
+        """Keep a group without open queries for late answers; return the groups no longer kept.
 
-        Queries whose answers do not come by themselves are computed again.
+        Queries to compare that no in-flight call will answer are sent again if workers are idle.
         """
         own, batch = group.layout.own, group.batch
         if group.answers:
-            # All but the approximate answers that were given out goes.
+            # Only the approximate answers that were given out are kept.
             for _, query in group.compared():
                 given = [each for each in query.approximate.values() if each.given]
                 query.approximate = {each.source: each for each in given}
-                for each in query.approximate.values():  # and the arrays that they are parts of
+                for each in query.approximate.values():  # copied, to free the whole arrays
                     each.value = np.array(each.value)
                     each.x = None if each.x is None else each.x.copy()
             group.answers = []
-            batch.drop_answers(group.mask)  # another may have come, and is to be received
+            batch.drop_answers(group.mask)  # not those that have just arrived
             batch.suffice()
         over, forgotten = [], []
         if any(group.compared()) and group not in self._kept:
@@ -318,7 +315,7 @@ class Approximations:
         self._left += self._kept.pop(group, 0)
 
     def _ask_again(self, given: Answer) -> bool:
-        """Have the model answer, for comparison, where workers are free; return whether."""
+        """Send a query again for comparison, if a worker is idle; return whether it was sent."""
         setup = self.setup
         if given.x is None or not setup.pool.idle:
             return False
@@ -330,7 +327,7 @@ class Approximations:
         return asked
 
     def status(self) -> dict[str, Any]:
-        """Return what has been learned and measured so far."""
+        """Return the status of the settings, the surrogate and decoding; None for missing parts."""
         controller, predictor = self._controller, self.predictor
         shown = self._decodes and self.setup.policy.accuracy.promises
         return {

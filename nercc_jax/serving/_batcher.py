@@ -1,9 +1,9 @@
-"""The batcher: single queries, and requests of several, by one code on one pool of workers.
+"""The batcher: serves requests of one or more queries by one code on one pool of workers.
 
-Its thread takes queries from the queue to their replies, and nothing else. `_dispatch.py` says
-which queries go out together, and `core/decide.py` what becomes of those whose workers are late;
-here that is carried out. The thread sends nothing new that would only wait at the pool: while all
-workers are busy, queries wait in the queue, and go out in larger batches once a worker is free.
+Its thread, the deciding thread, takes queries from the queue to their replies. `_dispatch.py`
+decides which queries are sent together, and `core/decide.py` what happens to queries whose workers
+are late; this file carries that out. New queries are not sent to wait at the pool: while all
+workers are busy they wait in the queue, and are sent in larger batches once a worker is free.
 """
 
 import collections
@@ -43,26 +43,26 @@ from .core.decide import Copy, Decode, Fail, GiveOut, Predict, Wait, decide
 
 _LOG = logging.getLogger(__name__)
 
-# Seconds for which closing waits for a turn under way, and for a step of learning.
+# Seconds for which closing waits for a running turn, and for a step of learning.
 _LAST_TURN, _LAST_STEP = 1.0, 30.0
-_PROBE = 5.0  # seconds that a probe may take
-# Seconds after its due time at which a group is handled, so that what was due has happened.
+_PROBE = 5.0  # the deadline of a probe, in seconds
+# Seconds after its due time at which a group is handled, so that its calls are overdue by then.
 _MARGIN = 1e-4
 
 
 class CodedBatcher:
-    """Serves single queries, and requests of several, by one code on one pool.
+    """A batcher, which serves requests of one or more queries by one code on one pool.
 
-    A query goes out as it came and is answered exactly, unless its worker straggles; then it is
-    decoded from what its group's other workers answered, or, where that is not good enough, sent
-    again.
+    A query is sent to a worker uncoded and answered exactly, unless the worker straggles. Then it
+    is decoded from the answers of its group's other workers, or, if that is not accurate enough,
+    sent again.
 
-    Use it as a context manager, or `close` it. The pool is the caller's, who must not give it to
-    another batcher, and must keep it open until the batcher is closed.
+    Use it as a context manager, or `close` it. The pool belongs to the caller, who must not pass it
+    to another batcher, and must keep it open until the batcher is closed.
 
-    JAX leaves so many objects that a full garbage collection stops all threads for 60 ms and more.
-    A process of your own that serves should call `gc.collect()` and `gc.freeze()` once it has
-    compiled; `nercc serve` does.
+    JAX keeps so many objects that a full garbage collection stops all threads for 60 ms or more. If
+    you serve from your own process, call `gc.collect()` and `gc.freeze()` after compilation, as
+    `nercc serve` does.
 
     Attributes:
         policy: the batching policy.
@@ -82,23 +82,23 @@ class CodedBatcher:
         refuse: Refuse = refuse_odd,
         observe: Observe | None = None,
     ):
-        """Compile what is needed for every batch size, and start.
+        """Compile the programs for all batch sizes, and start.
 
         Args:
             pool: the workers.
-            coder: the code, made ready for streams.
+            coder: the code, prepared for streams of queries.
             shape: the shape of a query.
             outputs: the shape of an answer.
             dtypes: of queries and answers; dtypes other than float32 cannot be coded.
-            policy: the batching policy.
-            decoding: scores of decoded answers (`calibrate_decoding`). Without them, only a policy
-                that promises nothing gives decoded answers out.
-            predictor: answers queries independently of their groups.
-            refuse: tells which answers of workers are not valid.
-            observe: called with every measurement, `observe(what, number)`; it must be quick.
+            policy: the batching policy (default: `BatchingPolicy()`).
+            decoding: scores of decoded answers (`calibrate_decoding`). Without them, decoded
+                answers are returned only if the policy promises no accuracy.
+            predictor: a surrogate that answers queries independently of their groups.
+            refuse: returns why a worker's answer is not valid, or None.
+            observe: called with every measurement, `observe(what, number)`; it must be fast.
 
         Raises:
-            ValueError: for a policy, or dtypes, that do not fit the code or the predictor.
+            ValueError: if the policy or the dtypes do not fit the code or the predictor.
         """
         queries = BatchSpec(tuple(shape), np.dtype(dtypes[0]))
         answers = BatchSpec(tuple(outputs), np.dtype(dtypes[1]))
@@ -132,17 +132,17 @@ class CodedBatcher:
 
         Args:
             x: the queries.
-            deadline: seconds from now; by default the policy's.
+            deadline: seconds from now (default: the policy's).
             exact: accept only the model's own answers, hedged if a worker straggles.
 
         Returns:
             A future of the `Reply`. It may raise `DeadlineExceeded`, `InferenceFailed`, or
-            `ServerClosing`. Cancelling it drops what has not been sent.
+            `ServerClosing`. Cancelling it drops queries that have not been sent.
 
         Raises:
-            ValueError: where x is not B finite queries, or the deadline is not positive or more
-                than an hour.
-            QueueFull: where the queue has no room.
+            ValueError: if x is not B finite queries, or the deadline is not positive or exceeds an
+                hour.
+            QueueFull: if the queue has no room.
             ServerClosing: while the batcher closes.
             InferenceFailed: once the batcher is broken.
         """
@@ -163,7 +163,7 @@ class CodedBatcher:
 
     @property
     def waiting(self) -> int:
-        """The number of queries that wait to be sent."""
+        """The number of queries in the queue."""
         return self._requests.waiting
 
     @property
@@ -172,23 +172,23 @@ class CodedBatcher:
         return len(self._requests)
 
     def health(self) -> Health:
-        """Return whether it is alive, and would answer a query now."""
+        """Return whether the batcher is alive, and would answer a query now."""
         return self._requests.monitor.health(self._setup.pool, self._dispatcher.answer_time)
 
     def status(self) -> dict[str, Any]:
-        """Return what has been learned and measured so far.
+        """Return the status of the batcher's parts.
 
         Returns:
-            By name, None for what there is not: "policy", the setting picked under `max_calls`, and
-            why; "predictor"; "checks" of the model's own answers; "decoding", what stragglers
-            showed of decoded answers.
+            By name, None for parts that it does not have: "policy", the setting picked under
+            `max_calls`, and why; "predictor"; "checks" of the model's own answers; "decoding", the
+            evidence from stragglers on decoded answers.
         """
         return self._approximations.status() | {"checks": self._screen.status()}
 
     def close(self, drain: float = 0.0) -> None:
         """Accept no more requests, answer for up to `drain` seconds, and fail the rest.
 
-        A turn of a thread that does not end is not waited for.
+        The wait for a thread whose turn does not end is bounded.
         """
         self._requests.drain(drain, self._turns.wake)
         self._turns.close(_LAST_TURN)
@@ -203,10 +203,10 @@ class CodedBatcher:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # The thread that decides.
+    # The deciding thread.
 
     def _post(self, event: Request | Group) -> None:
-        """Take a new or cancelled request, or a group to which something happened."""
+        """Post a new or cancelled request, or a group with news, to the deciding thread."""
         self._inbox.append(event)
         self._turns.wake()
 
@@ -221,22 +221,22 @@ class CodedBatcher:
 
     def _turn(self) -> None:
         clock, requests = self._setup.clock, self._requests
-        number = len(self._inbox)  # what comes meanwhile is left for the next turn
+        number = len(self._inbox)  # later events are left for the next turn
         for event in dict.fromkeys(self._inbox.popleft() for _ in range(number)):
             self._guard(self._handle, event, clock.now(), concerned=event)
         now = requests.monitor.report_turn(len(requests) > 0)
         self._guard(self._handle_due, now)
-        if requests.monitor.probe_due(now):  # to notice when workers answer again
+        if requests.monitor.probe_due(now):  # a query of zeros shows when workers answer again
             zeros = self._setup.queries.zeros(1), self._setup.answers.zeros(1)
             request = Request(*zeros, clock.now(), _PROBE, True, own="probe")
             self._guard(requests.accept_own, request)
         self._guard(self._dispatch, now)
 
     def _guard(self, step: Callable[..., Any], *args: Any, concerned: Any = None) -> None:
-        """Run a step. If it fails, fail the requests it concerns instead of the thread.
+        """Run a step. If it raises, fail only the requests that it concerns, not the thread.
 
-        Those are `concerned`, a group or a request, and the queries that the step took out of the
-        queue.
+        These are `concerned` (a request, or those of a group), and those whose queries the step
+        took out of the queue.
         """
         self._requests.taken = []
         try:
@@ -261,7 +261,7 @@ class CodedBatcher:
         self._requests.fail(request, error)
 
     def _handle(self, event: Request | Group, now: float) -> None:
-        # However long a turn is: deadlines come before the answers that were too late for them.
+        # Even in a long turn, deadlines are handled before answers that came after them.
         self._expire(now)
         if isinstance(event, Request):
             self._requests.enqueue(event)
@@ -280,7 +280,7 @@ class CodedBatcher:
             self._fail(request, DeadlineExceeded(why))
 
     def _handle_due(self, now: float) -> None:
-        """Handle what is due: deadlines, groups to be completed, stragglers."""
+        """Handle what is due: deadlines, groups to complete, stragglers."""
         self._screen.settle_due(now)
         self._settle(now)
         self._expire(now)
@@ -290,7 +290,7 @@ class CodedBatcher:
         for group in self._timers.pop_due(now):
             if group in self._dispatcher.groups:
                 self._guard(self._decide, group, now, concerned=group)
-        self._screen.release()  # after all that may have ended a query in this turn
+        self._screen.release()  # after all steps that may have ended a query in this turn
         self._settle(now)
 
     def _dispatch(self, now: float) -> None:
@@ -303,12 +303,12 @@ class CodedBatcher:
             self._look_at(group, due, now)
 
     def _look_at(self, group: Group, due: float, now: float) -> None:
-        """Decide on a group again at this time; an infinite one leaves what was set before."""
+        """Decide on a group again at this time; an infinite time leaves its timer unchanged."""
         if due < math.inf:
             self._timers.set(group, max(due, now) + _MARGIN)
 
     def _receive(self, group: Group, now: float) -> None:
-        """Take the answers of workers to a group."""
+        """Take workers' new answers to a group, and decide on its other queries."""
         batch, layout = group.batch, group.layout
         for point in np.flatnonzero(batch.available & ~group.mask).tolist():
             value = batch.answer(point)
@@ -332,7 +332,7 @@ class CodedBatcher:
         self._decide(group, now)
 
     def _settle(self, now: float) -> None:
-        """Carry out what the screen has decided about answers that it held back."""
+        """Carry out the screen's decisions on answers that it held back."""
         outcomes = self._screen.take()
         self._copy([query for query, verdict in outcomes if verdict is None], 1, now)
         for query, verdict in outcomes:
@@ -344,14 +344,14 @@ class CodedBatcher:
                 self._requests.answer([query], answer, now)
 
     def _copy(self, queries: Sequence[Query], workers: int, now: float) -> None:
-        """Have further workers compute queries that are late, or whose answers look wrong."""
+        """Send queries again that are late, or whose answers look wrong."""
         for query in queries:
             query.reexecuted = True
             self._setup.observe("reexecution", 1)
         self._dispatcher.copy(queries, workers, now)
 
     def _decide(self, group: Group, now: float) -> None:
-        """Carry out what is decided about a group's queries, and close it once none is open."""
+        """Carry out the decisions on a group's queries; close it if no query is open any more."""
         dispatcher, policy, setup = self._dispatcher, self.policy, self._setup
         if group is dispatcher.filling:
             due = group.began + policy.batch_wait_timeout_s
@@ -387,9 +387,9 @@ class CodedBatcher:
         if any(group.open_queries()):
             return
 
-        # A group without open queries is closed once all that was given out has been compared.
+        # A group without open queries is closed after its approximate answers have been compared.
         if group.kind == "copy" and group.batch.tasks[0].running:
-            group.batch.suffice()  # nothing more is sent; how long the copy takes is of interest
+            group.batch.suffice()  # send nothing more, but measure how long the copy takes
             return
         if group.kind == "copy" and group.mask.all():
             took, limit = now - group.batch.tasks[0].sent, group.batch.times.limit(group.rows)
@@ -400,12 +400,12 @@ class CodedBatcher:
             dispatcher.close(each)
 
     def _give_up(self, group: Group, places: Sequence[Place], now: float) -> None:
-        """Fail queries that no worker will answer, or give out the answers that are held back."""
+        """Fail queries that no worker will answer, or return their answers that were held back."""
         failures = group.batch.failures
         public = f"a query got no answer: {len(failures) or 'no'} workers failed"
         why = f"{public}, the last: {failures[-1].reason}" if failures else public
         if failures and failures[-1].refused:
-            public = why  # the server's own words
+            public = why  # the message is the server's own, so clients may see it
         for query in map(group.query, places):
             if query.candidates:
                 self._screen.give_up(query)

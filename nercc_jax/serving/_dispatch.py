@@ -1,4 +1,4 @@
-"""Dispatch: queries leave the queue for idle workers, alone or in groups."""
+"""Dispatch: sends queries from the queue to idle workers, alone or in groups."""
 
 import itertools
 import math
@@ -22,10 +22,10 @@ _ODD = 100.0  # the factor of scales beyond which queries are not coded together
 
 
 class Dispatcher:
-    """Forms groups and sends them to the pool. It sends nothing new that would only wait there.
+    """The dispatcher, which forms groups and sends them to the pool as long as workers are idle.
 
     Attributes:
-        filling: The group that has room for more queries.
+        filling: The group that has room for more queries; None without one.
         groups: All groups that are not closed.
     """
 
@@ -36,26 +36,26 @@ class Dispatcher:
         approximations: Approximations,
         post: Callable[[Group], Any],
     ):
-        """Create a dispatcher; `post` is called when an answer to a group may have come."""
+        """Create a dispatcher; `post` is called when an answer to a group may have arrived."""
         self._setup, self._requests, self._post = setup, requests, post
         self._approximations = approximations
         self._random = np.random.default_rng(0)
-        self._alone = Coder(Uncoded(1), (setup.coder.kinds[0],))  # of queries sent again
-        self._times: AnswerTimes | None = None  # the pool's, by the rule that holds
+        self._alone = Coder(Uncoded(1), (setup.coder.kinds[0],))  # for queries sent again
+        self._times: AnswerTimes | None = None  # the pool's, with the present overdue rule
         self.filling: Group | None = None
         self.groups: set[Group] = set()
 
     @property
     def answer_time(self) -> float:
-        """Seconds that the answer to a full batch usually takes; infinite where unknown."""
+        """The median seconds of an answer to a full batch; infinite if unknown."""
         size = self._setup.policy.max_batch_size
         return math.inf if self._times is None else self._times.median(size)
 
     def dispatch(self, now: float) -> list[Group]:
-        """Send what waits while workers are idle, then the coded data points of full groups.
+        """Send waiting queries while workers are idle, then the coded data points of full groups.
 
-        Each batch of queries goes to a worker of its own, as it came. Returns the coded groups of
-        which something was sent.
+        Each batch of queries goes uncoded to a worker of its own. Returns the groups to which a
+        batch was added.
         """
         setup, requests, coder = self._setup, self._requests, self._setup.coder
         sent: dict[Group, None] = {}
@@ -85,9 +85,10 @@ class Dispatcher:
         return [*sent]
 
     def copy(self, queries: Sequence[Query], workers: int, now: float) -> None:
-        """Send queries once more, each to this number of workers that have not answered it.
+        """Send queries again, each to `workers` workers that have not answered it.
 
-        They wait at the pool for such workers, ahead of all that comes later.
+        A query of which an answer is held back goes to one worker only. The queries wait at the
+        pool for such workers, ahead of later ones.
         """
         left = list(queries)
         while left:
@@ -102,37 +103,37 @@ class Dispatcher:
             group.cells[0].x = None
 
     def complete(self, group: Group, now: float) -> None:
-        """Close a group for further queries, and send its coded data points if they are of use."""
+        """Close a group to further queries, and send its coded data points if they are useful."""
         if group is self.filling:
             self.filling = None
         coder, observe, clock = self._setup.coder, self._setup.observe, self._setup.clock
         group.layout = coder.layout(len(group.cells))
         observe("group_fill", len(group.cells) / coder.num_data)
         rows, cells = group.rows, [cell.x for cell in group.cells if cell.x is not None]
-        if len(cells) > 1:  # in a sum of queries, much larger ones leave little of the others
+        if len(cells) > 1:  # in a sum with much larger queries, rounding loses the others
             flat = (x.reshape(len(x), -1) for x in cells)
             scales = [np.maximum(each.max(axis=1), -each.min(axis=1)) for each in flat]
             scale = np.stack([repeat_rows(each, rows) for each in scales], axis=1)
             group.spoiled = bool((scale.max(axis=1) > _ODD * scale.min(axis=1)).any())
-        # Redundancy for one query is not worth slowing down others.
+        # Redundancy is not worth slowing down other queries, so `_extras` uses spare workers only.
         if not group.spoiled and len(points := self._extras(group)):
             begin = clock.now()
             x = np.stack([repeat_rows(x, rows) for x in cells], axis=1)
             coded = coder.encode(x, points)
             observe("encode_seconds", clock.now() - begin)
             self._send(group, points, coded, now)
-        for cell in group.cells:  # which may be large: nothing more will be encoded
+        for cell in group.cells:  # free the data, which may be large: nothing more is encoded
             cell.x = None
 
     def close(self, group: Group) -> None:
-        """Give up what is still under way of a group."""
+        """Forget a group, with its in-flight tasks."""
         if group is self.filling:
             self.filling = None
         self.groups.discard(group)
         group.batch.forget()
 
     def _extras(self, group: Group) -> Int[np.ndarray, " points"]:
-        """Return the coded data points to send beyond the queries themselves."""
+        """Return the redundant coded data points to send, as many as there are spare workers."""
         pool, points = self._setup.pool, group.layout.extras
         waiting = [each for each, query in group.open_queries() if not query.request.exact_only]
         if not waiting or not len(points):
@@ -186,6 +187,6 @@ class Dispatcher:
         self._setup.pool.send(group.batch, points.tolist(), values, kinds=kinds, avoid=avoid)
 
     def _size(self, waiting: int, workers: int | float) -> int:
-        """Return the size of a batch if workers that slow down no other share what waits."""
+        """Return the size of a batch, a power of two, so that spare workers share the queries."""
         share = math.ceil(waiting / max(min(workers, self._setup.pool.spare), 1))
         return power_of_two(min(share, self._setup.policy.max_batch_size))

@@ -1,4 +1,4 @@
-"""The measurements of served models: one table of what is measured, for Prometheus and status."""
+"""The measurements of served models, in one table, for Prometheus and the server's status."""
 
 import collections
 import itertools
@@ -22,8 +22,8 @@ _SHORT = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1)
 _SHARES = (1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _TENTHS = tuple(place / 10 for place in range(1, 11))
 
-# A metric's name after `nercc_`, its measure, its help, and a histogram's buckets; without any it
-# is a counter. Those with a label have a measure for each of its values, which follows the name.
+# A metric's name after `nercc_`, its measure, its help, and the buckets of a histogram, empty for a
+# counter. A metric with a label has one measure for each value of it: the prefix and the value.
 _TABLE = (
     ("requests", "request_", "Requests by outcome.", ()),
     ("queries", "query_", "Queries by how they were answered.", ()),
@@ -53,7 +53,7 @@ _LABELS = {
     "audit_": ("label", ("same", "other", "unknown")),
     "check_": ("result", ("again", "agreed", "open", "wrong")),
 }
-# What a pool reports: the metric, its help, and by the value of `result` the report's field.
+# Metrics of a pool: the name, the help, and the report's field for each value of `result`.
 _OF_POOLS = (
     ("worker_calls", "Calls of workers by result.",
      {"answered": "answered", "late": "late", "error": "errors"}),
@@ -74,29 +74,29 @@ class Meter:
     """
 
     def __init__(self, pool: AbstractPool, counts: Mapping[str, Sequence[Counter | Histogram]]):
-        """Count by measure, in one metric or two."""
+        """Create a meter; `counts` has the metrics of each measure."""
         self.pool: AbstractPool | None = pool
         self.waiting: Callable[[], float] = lambda: 0
         self._counts = counts
 
     def observe(self, what: str, number: int | float) -> None:
-        """Take a measurement, from any thread. NaN is for what is not known."""
+        """Record a measurement, from any thread. NaN, for unknown, is ignored."""
         if math.isnan(number):
             return
         for metric in self._counts[what]:
             if isinstance(metric, Histogram):
                 metric.observe(number)
-            else:  # the number that comes with a request or an audit is no count
+            else:  # requests and audits pass seconds or 1, and count as one each
                 metric.inc(1 if what.startswith(("request_", "audit_")) else number)
 
     def read(self, what: str) -> dict[str, float]:
-        """Return a counter's "total", and a histogram's "count", "sum" and cumulated buckets."""
+        """Return a counter's "total", and a histogram's "count", "sum" and cumulative buckets."""
         families = [family for metric in self._counts[what] for family in metric.collect()]
         samples = [sample for family in families for sample in family.samples]
         return {s.labels.get("le", s.name.rpartition("_")[2]): s.value for s in samples}
 
     def close(self) -> None:
-        """Let the workers and the queue go; what was counted stays."""
+        """Release the pool and the queue; the counts stay."""
         self.pool, self.waiting = None, lambda: 0
 
 
@@ -114,7 +114,7 @@ class Metrics(Collector):
         registry.register(self)
 
     def add(self, model: str, pool: AbstractPool) -> Meter:
-        """Return the meter of a model, which goes on where an earlier one of that name ended."""
+        """Return the meter of a model; it continues the counts of an earlier model of that name."""
         counts = collections.defaultdict[str, list[Counter | Histogram]](list)
         for measure, metric in self._metrics:
             for value in _LABELS[measure][1] if measure in _LABELS else ("",):
@@ -123,8 +123,8 @@ class Metrics(Collector):
         return self.meters[model]
 
     def collect(self) -> Iterator[Metric]:
-        """Yield what is not counted here: queues, and what pools report."""
-        meters = dict(self.meters)  # models come and go
+        """Yield the metrics that meters do not count: of queues and pools."""
+        meters = dict(self.meters)  # a copy, since models may be loaded and unloaded
         reports = {model: each.pool.report() for model, each in meters.items() if each.pool}
         queue = "nercc_queue_queries", "Queries that wait to be sent."
         waiting = GaugeMetricFamily(*queue, labels=["model"])

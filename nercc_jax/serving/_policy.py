@@ -1,4 +1,4 @@
-"""The batching policy: how groups are formed, how long they wait, and what is given out.
+"""The batching policy: how groups are formed, how long they wait, and which answers are returned.
 
 It needs no JAX, so that errors in settings are reported at once.
 """
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 if TYPE_CHECKING:
     from ..risk import Accuracy
 
-# The longest deadline, in seconds: no wait is without a bound.
+# The longest deadline of a request, in seconds, so that every wait is bounded.
 MAX_DEADLINE_S = 3600.0
 
 Outputs: TypeAlias = Literal["logits", "probabilities", "values"]
@@ -33,49 +33,49 @@ class BatchingPolicy(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     max_batch_size: int = _setting(16, ge=1, le=2**16)
-    """Maximum queries in one worker call, a power of two. Batches are powers of two, for which
-    everything is compiled in advance; few idle workers and a long queue make large ones."""
+    """Maximum number of queries in one worker call, a power of two. All batch sizes are powers of
+    two, compiled in advance; with few idle workers and a long queue, batches are larger."""
     batch_wait_timeout_s: float = _setting(0.01, ge=0, le=MAX_DEADLINE_S)
-    """Seconds until the redundancy of a group that is not full is sent. Queries themselves wait for
-    no others."""
+    """Seconds until the redundancy of a group that is not full is sent. Queries themselves do not
+    wait for other queries."""
     max_queue_size: int = _setting(1024, ge=1, le=10**6)
-    "Maximum queries that wait to be sent; more are refused."
+    "Maximum number of queries in the queue; further ones are refused."
     deadline_s: float = _setting(10.0, gt=0, le=MAX_DEADLINE_S)
     "Default deadline of a request, in seconds; at most an hour."
     straggler_threshold: float = _setting(1.5, gt=0)
-    """Straggler threshold, as a multiple of the median answer time. Queries of stragglers are
-    predicted, decoded, or sent again."""
+    """Time after which a worker straggles, as a multiple of the median answer time. Queries of
+    stragglers are predicted, decoded, or sent again."""
     outputs: Outputs | None = _setting(None, examples=["values"])
-    """Outputs of the model: `logits`, `probabilities` or `values`. The largest logit has the label;
-    probabilities are the softmax of a classifier's logits; values are numbers without labels, of
-    which only a `tolerance` lets approximate answers out. Default: `values`; for shipped models,
-    and where a `max_disagreement` is set, `logits`."""
+    """Outputs of the model: `logits`, `probabilities` or `values`. The label is the largest logit;
+    probabilities are the softmax of a classifier's logits; values are numbers without labels, whose
+    answers are approximate only with a `tolerance`. Default: `logits` for shipped models, and if a
+    `max_disagreement` is set; else `values`."""
     max_disagreement: float | None = _setting(None, ge=0, le=1, examples=[0.05])
     """Maximum share of wrong labels among the answers that are not the model's own, by a bound that
-    fails with a probability of 0.25; no single one may be wrong with more than five times that
-    share, or a half. Answers that are too uncertain wait for more workers, and are sent again if
-    none are left. 1, and in Python None: decode as soon as half of the redundancy is in. Default of
-    a server: 0.05."""
+    fails with a probability of 0.25; no single answer may be wrong with a probability above five
+    times that share, or a half. Answers that are too uncertain wait for more workers, and are sent
+    again if none are left. 1 (in Python also None): decode when half of the redundancy has been
+    answered. Default for labels: 0.05."""
     tolerance: float | None = _setting(None, gt=0, lt=float("inf"), examples=[0.01])
     """Largest error bar of an answer that is not the model's own, in units of the outputs (root
-    mean square over a row's outputs). Outputs are `values` then; without it, all answers to values
-    are exact."""
+    mean square over a row's outputs). It makes the outputs `values`; without it, all answers that
+    are values are exact."""
     coverage: float = _setting(0.9, gt=0, lt=1)
-    "Share of the errors of approximate answers to values that their error bars cover."
+    "Share of the errors of approximate values that their error bars cover."
     redundancy: Literal["always", "uncertain"] = "always"
-    """Redundancy to send while workers are free: `always` all that the code has; `uncertain` only
+    """Redundancy to send while workers are idle: `always` sends all of the code's; `uncertain` only
     for queries that the surrogate could not answer, and none before it is calibrated."""
     max_calls: float | None = _setting(None, ge=1, lt=float("inf"), examples=[1.1])
-    """Mean calls a query that may be spent. If set, straggler threshold, copies at once and
-    redundancy are picked again and again by the measured tail latency, within this budget and up to
-    the copies and the redundancy set here."""
+    """Maximum mean number of calls a query (default: no limit). If set, straggler threshold, number
+    of copies and redundancy are chosen repeatedly by the measured tail latency, within this budget
+    and up to the copies and the redundancy set here."""
     check_answers: float | None = _setting(None, gt=0, lt=1, examples=[0.01])
-    """Share of the model's right answers that may look wrong to the surrogate and are computed
-    again by another worker, before they are given out; workers found wrong are fenced, a quarter of
-    all at most: no traffic. Needs a surrogate. Not checked by default."""
+    """Share of right answers that may look wrong and be computed again by another worker before
+    they are returned (default: no checks). Workers found wrong are fenced: they get no queries, at
+    most a quarter of all workers. Needs a surrogate."""
     copies: int = _setting(2, ge=1, le=10_000)
-    """Maximum workers that compute the same query at a time, if the first straggles and the query
-    must be answered exactly or cannot be decoded (hedging). 1 waits for stragglers."""
+    """Maximum number of workers that compute the same query (hedging), if the first straggles and
+    the query must be exact or cannot be decoded. 1 means to wait for stragglers."""
 
     @model_validator(mode="after")
     def _check_together(self) -> "BatchingPolicy":
@@ -107,15 +107,15 @@ class BatchingPolicy(BaseModel):
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
-        """The sizes of batches that workers receive."""
+        """The sizes of the batches that workers receive: all powers of two up to the largest."""
         return tuple(1 << power for power in range(self.max_batch_size.bit_length()))
 
 
 def read_outputs(asked: Any, shapes: Sequence[tuple[int, ...]], *, floats: bool = True) -> Outputs:
-    """Return how a model's outputs, of these shapes a row, are read, by a policy or settings.
+    """Return how outputs of these `shapes` a row are interpreted, by policy or settings `asked`.
 
     Raises:
-        ValueError: where a label is asked of a single number.
+        ValueError: if an output with labels has a single number.
     """
     single = any(shape[-1:] in ((), (1,)) for shape in shapes)
     if asked.outputs in ("logits", "probabilities") and single:

@@ -1,4 +1,4 @@
-"""A served model: the model with its workers, its code and its batcher, and its status."""
+"""A served model: a model with its workers, code, batcher and status."""
 
 import asyncio
 import concurrent.futures
@@ -28,14 +28,14 @@ from .settings import ModelSettings
 
 _LOG = logging.getLogger(__name__)
 
-# Seconds beyond a deadline in which the batcher itself may report that it has passed, and why.
+# Seconds after a deadline in which the batcher itself may report that it has passed, and why.
 _GRACE = 0.25
-# Seconds that are left of a deadline after preprocessing, at least: the batcher takes no less.
+# The least deadline after preprocessing, in seconds: the batcher needs a positive one.
 _LEAST = 1e-3
 
 
 class ServedModel:
-    """A model that takes queries and answers them; transports know the protocol.
+    """A model that answers queries, independent of the transports and their protocol.
 
     Attributes:
         servable: the model and its tensors.
@@ -55,13 +55,13 @@ class ServedModel:
         metrics: Metrics,
         predictor: Predictor | None = None,
     ):
-        """Start the workers, and compile everything, so that no request waits for the compiler.
+        """Start the workers, and compile all programs, so that no request waits for compilation.
 
         The predictor is as for `CodedBatcher`.
 
         Raises:
-            ValueError: for a code where nothing can be coded (`Servable.uncodable`).
-            RuntimeError: where the workers do not start.
+            ValueError: if the model cannot be coded (`Servable.uncodable`), and the code has K > 1.
+            RuntimeError: if the workers do not start.
         """
         begin, tensors = time.monotonic(), servable.outputs
         shapes, floats = [part.shape for part in tensors.parts], tensors.parts[0].datatype == FLOAT
@@ -123,13 +123,13 @@ class ServedModel:
         deadline: float | None = None,
         exact: bool = False,
     ) -> Reply:
-        """Answer queries: an array, or arrays by name where the model takes a dict of arrays.
+        """Answer queries: an array, or arrays by name if the model takes a dict of arrays.
 
-        Cancelling it drops what has not been sent. The deadline is kept whatever the batcher does.
-        Options and errors are those of `CodedBatcher.submit`.
+        Cancelling the call drops queries that have not been sent. The deadline is kept even if the
+        batcher is stuck. Options and errors are those of `CodedBatcher.submit`.
 
         Returns:
-            A reply whose values are an array or a dict of arrays, as the model returns.
+            A reply whose values are an array, or a dict of arrays by output name.
         """
         inputs, outputs = self.servable.inputs, self.servable.outputs
         deadline = self._batcher.policy.deadline_s if deadline is None else deadline
@@ -142,16 +142,16 @@ class ServedModel:
                 self.meter.observe("request_deadline", 0.0)
                 raise DeadlineExceeded(f"not preprocessed within {deadline:g} s") from error
             deadline = max(deadline - (time.monotonic() - begin), _LEAST)
-        # One array of floats is checked by the batcher itself.
+        # The batcher itself checks a single array of floats.
         elif isinstance(queries, Mapping) or inputs.parts[0].datatype != FLOAT:
             queries = inputs.pack(queries)
         future = self._batcher.submit(queries, deadline=deadline, exact=exact)
         answer = asyncio.wrap_future(future)
-        try:  # the batcher itself should end it sooner, and say why
+        try:  # the batcher should end it before this timeout, with a better message
             done, _ = await asyncio.wait([answer], timeout=deadline + _GRACE)
             if not done:
                 late = f"not answered within {deadline:g} s: the batcher is busy"
-                with contextlib.suppress(concurrent.futures.InvalidStateError):  # it was, just now
+                with contextlib.suppress(concurrent.futures.InvalidStateError):  # just answered
                     future.set_exception(DeadlineExceeded(late))
             reply = await answer
         except asyncio.CancelledError:
@@ -167,11 +167,11 @@ class ServedModel:
         return self._batcher.in_flight
 
     def health(self) -> Health:
-        """Return whether it is alive, and would answer a query now."""
+        """Return whether the model is alive, and would answer a query now."""
         return self._batcher.health()
 
     def status(self) -> dict[str, Any]:
-        """Return the model's part of the server's status, as JSON has it."""
+        """Return the model's part of the server's status, as JSON values."""
         servable, coder, batcher = self.servable, self._coder, self._batcher
         pool, meter = self.pool, self.meter
         learned, policy, report = batcher.status(), batcher.policy, pool.report()
@@ -252,7 +252,7 @@ class ServedModel:
         }
 
     def close(self, drain: float) -> None:
-        """Answer what was accepted for up to `drain` seconds; then end the workers."""
+        """Answer accepted requests for up to `drain` seconds; then end the workers."""
         self._batcher.close(drain)
         self.pool.close()
         self.meter.close()

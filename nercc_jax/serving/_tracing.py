@@ -1,4 +1,4 @@
-"""A span of OpenTelemetry for each request, made where requests come in."""
+"""An OpenTelemetry span for each request, started when the server receives the request."""
 
 import importlib
 import logging
@@ -13,10 +13,10 @@ _LOG = logging.getLogger(__name__)
 
 
 class RequestSpans:
-    """Starts and ends a span for each request. It never fails a request."""
+    """The spans of requests. An error of tracing never fails a request when a span starts."""
 
     def __init__(self, provider: Any = None):
-        """Make spans by a provider of OpenTelemetry's SDK; none without it."""
+        """Create spans with a provider of OpenTelemetry's SDK; none without it."""
         self._tracer = None
         if provider is not None:
             from opentelemetry import propagate, trace
@@ -25,13 +25,13 @@ class RequestSpans:
             self._extract = propagate.extract
 
     def start(self, model: str, headers: Callable[[], Mapping[str, str]]) -> Any:
-        """Return a span within the one that `headers()` name; None where it is not sampled."""
+        """Return a child of the span that `headers()` name; None if it is not sampled."""
         if self._tracer is None:
             return None
         try:
             about = {"kind": self._api.SpanKind.SERVER, "start_time": time.time_ns()}
             span = self._tracer.start_span(f"infer {model}", self._extract(headers()), **about)
-        except Exception:  # of a sampler, say
+        except Exception:  # for example from a sampler
             _LOG.exception("a request is not traced")
             return None
         span.set_attribute("nercc.model", model)
@@ -47,7 +47,7 @@ class RequestSpans:
 
 
 def describe_reply(span: Any, id: str, reply: Reply | None = None) -> None:
-    """Add what is known of a request's reply to its span."""
+    """Add a request's id, and its reply's attributes if it has one, to its span."""
     found: dict[str, Any] = {"id": id}
     if reply is not None:
         found |= {"queue_ms": round(1e3 * reply.queued, 3), "answers": reply.sources()}
@@ -56,7 +56,10 @@ def describe_reply(span: Any, id: str, reply: Reply | None = None) -> None:
 
 
 def provider_from_environment() -> Any:
-    """Return a provider of spans as OpenTelemetry's variables say; None without an endpoint."""
+    """Return a provider of spans by OpenTelemetry's variables; None if they enable none.
+
+    Raises ImportError if the exporter is missing.
+    """
     get, otlp = os.environ.get, "OTEL_EXPORTER_OTLP_"
     endpoint = next(filter(get, (f"{otlp}TRACES_ENDPOINT", f"{otlp}ENDPOINT")), "")
     protocol = get(f"{otlp}TRACES_PROTOCOL") or get(f"{otlp}PROTOCOL")

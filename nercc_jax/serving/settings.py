@@ -1,4 +1,4 @@
-"""The settings of a server: by flags, by the environment, by a TOML file, in this order.
+"""The settings of a server, from flags, the environment and a TOML file, in order of precedence.
 
 # server.toml                                     NERCC_HTTP_PORT=9000
 http_port = 8000                                  NERCC_DEFAULTS__POOL=ray
@@ -7,9 +7,9 @@ num_workers = 8
 [[models]]
 model = "lenet5-digits"
 
-The two models below are the only description of every setting, with the text below it: the flags of
-`nercc serve`, the environment, the file, `--print-config` and `docs/deploy/server.toml` are made
-from them. A model's settings include those of `BatchingPolicy`.
+The two models below, with the text below each field, are the only description of the settings: the
+flags of `nercc serve`, the variables, the file, `--print-config` and `docs/deploy/server.toml` are
+generated from them. A model's settings include those of `BatchingPolicy`.
 """
 
 import json
@@ -41,16 +41,16 @@ from ._policy import MAX_DEADLINE_S, BatchingPolicy, Outputs
 DAY_S = 86_400.0
 _setting: Any = Field  # so that a type checker sees that each setting has a default
 
-# Settings as text, from a flag or a variable, where a file has tables and lists.
+# Tables and lists of a file may also be text, from a flag or an environment variable.
 
 
 def _read_text(value: Any) -> Any:
-    """Return a list or a table that may be written as in TOML, with or without its brackets.
+    """Return a list or a table that may be TOML text, with or without its brackets.
 
-    That is 28, 28, 1 or num_gpus = 0.5.
+    Examples of such text are 28, 28, 1 and num_gpus = 0.5.
     """
     if isinstance(value, int) and not isinstance(value, bool):
-        return [value]  # pydantic's reading of a variable whose text is one number
+        return [value]  # pydantic has read a variable that is one number
     if not isinstance(value, str):
         return value
     text, pair = value.strip(), "{}" if "=" in value else "[]"
@@ -76,11 +76,11 @@ def _read_shape(value: Any) -> Any:
 
 
 def _read_faults(value: Any) -> Any:
-    """Return a table of faults, which is checked where there are any."""
+    """Return a table of faults, checked if it is not empty."""
     table = _read_text(value)
     if not table or not isinstance(table, Mapping):
         return table
-    from ..pools.options import check_faults  # late: it takes JAX
+    from ..pools.options import check_faults  # late, since it imports JAX
 
     return check_faults(table)
 
@@ -101,10 +101,10 @@ PortOrNone: TypeAlias = Annotated[
 
 
 class _OwnSettings(BaseModel):
-    """The settings of a model that are not the policy's: its code, and the workers that run it."""
+    """The settings of a model besides its policy's: its tensors, its code and its workers."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-    # By the first setting of each panel of `nercc serve --help`, its title.
+    # The titles of the panels of `nercc serve --help`, by their first settings.
     panels: ClassVar[dict[str, str]] = {
         "model": "Model",
         "scheme": "Code",
@@ -121,40 +121,40 @@ class _OwnSettings(BaseModel):
     name: str | None = _setting(None, examples=["classifier"])
     "Name that clients use (default: that of the model, with a dot for a colon)."
     version: int = _setting(1, ge=1)
-    "Version of the model, which its metadata and answers name."
+    "Version of the model, which its metadata and answers contain."
     weights: Path | None = _setting(None, examples=["weights.npz"])
-    "Weights passed to module:name, which makes the model: a path, or hf:."
+    "Weights passed to the function module:name, which returns the model: a path, or hf:."
     input_shape: Shapes = _setting(None, examples=[[28, 28, 1]])
-    """Shape of one query without the batch axis, 28,28,1; of several inputs a TOML table,
-    {image = [28, 28, 1], meta = [4]} (default: that of the inputs)."""
+    """Shape of one query without the batch axis, such as 28,28,1; for several inputs a TOML table,
+    {image = [28, 28, 1], meta = [4]} (default: the shape of --inputs)."""
     input_datatype: Datatypes = _setting(None, examples=["INT64"])
-    """Datatype of the inputs, INT64, or a TOML table, {ids = 'INT64'} (default: FP32). Others than
-    FP32 are served uncoded, unless preprocess makes floats of them."""
+    """Datatype of the inputs, such as INT64, or a TOML table, {ids = 'INT64'} (default: FP32).
+    Queries of other datatypes are not coded, unless preprocess turns them into floats."""
     preprocess: str | None = _setting(None, examples=["images:prepare"])
     """Function module:function that turns a batch of inputs, such as bytes of images, into the
-    floats that the model takes: it runs before queries are coded (default: none)."""
+    model's floats before queries are coded (default: none)."""
     inputs: Path | None = _setting(None, examples=["inputs.npy"])
     """File of unlabelled inputs to calibrate on: .npy of shape (points, *input_shape), or .npz by
     name (default: example_inputs() of the module, if it has that)."""
     scheme: Literal["nercc", "berrut", "berrut-spline", "replication", "uncoded"] | None = _setting(
         None, examples=["nercc"]
     )
-    "Code of the queries (default: nercc, or uncoded for what cannot be coded)."
+    "Code of the queries (default: nercc, or uncoded for models that cannot be coded)."
     num_data: int = _setting(4, ge=1, le=10_000)
-    "K: queries coded together."
+    "K: number of queries that are coded together."
     num_workers: int = _setting(8, ge=1, le=10_000)
-    "N: coded data points of K queries."
+    "N: number of coded data points of K queries."
     points: Literal["interleaved", "repeated"] = "interleaved"
     "Layout of the regression points."
     code: Path | None = _setting(None, examples=["code.json"])
-    "File of a code that `nercc tune` wrote, instead of the settings above."
+    "File of a code written by `nercc tune`, instead of the settings above (default: none)."
     pool: Literal["devices", "ray"] = "devices"
     "Kind of workers: threads on this process's devices, or Ray actors."
     workers: int | None = _setting(None, examples=[8], ge=1, le=10_000)
-    "Workers of each model (default: N)."
+    "Number of workers of each model (default: N)."
     actor_options: Annotated[dict[str, Any], Table] = {}
-    """Ray's options of its actors, as a TOML table: {num_cpus = 1, num_gpus = 0.5, resources =
-    {TPU = 4}} (default: 0.5 CPUs at most; where the cluster has GPUs, 1 or an equal share)."""
+    """Ray's options for actors, as a TOML table: {num_cpus = 1, num_gpus = 0.5, resources =
+    {TPU = 4}} (default: at most 0.5 CPUs; if the cluster has GPUs, 1 or an equal share)."""
     worker_dtype: Literal["float32", "bfloat16", "float16"] | None = _setting(
         None, examples=["bfloat16"]
     )
@@ -162,19 +162,19 @@ class _OwnSettings(BaseModel):
     hang_timeout_s: float = _setting(60.0, gt=0, le=DAY_S)
     "Seconds after which a worker counts as hung and is replaced."
     surrogate: str | None = _setting(None, examples=["learn"])
-    """Surrogate that answers stragglers' queries where it is certain enough: `learn`, a learner
-    from the traffic; `student`, the shipped one; a file that `nercc distill` wrote;
-    module:function, with the model's outputs; or `none` (default: none)."""
+    """Surrogate that answers stragglers' queries if it is certain enough: `learn`, a learner from
+    the traffic; `student`, the shipped student; a file written by `nercc distill`; module:function,
+    with the model's outputs; or `none` (default: none)."""
     faults: Annotated[dict[str, Any], Faults] = {}
     """Faults to inject for trials, as a TOML table: {straggler_rate = 0.05, straggler_delay_s =
-    0.5}. Seconds: service_delay_s, of every call, and straggler_delay_s (1). Shares of the calls:
-    straggler_rate, death_rate, wrong_rate (1). straggler_score, a module:function, scores
-    rows, and the calls with the largest are delayed.
-    wrong_workers, {swap = [1]}, swap rows. fault_seed is the seed (0)."""
+    0.5}. Delays in seconds: service_delay_s of every call, straggler_delay_s (default: 1). Shares
+    of the calls: straggler_rate, death_rate, wrong_rate (default: 1). straggler_score is a
+    module:function that scores rows; calls with the largest scores straggle. wrong_workers,
+    {swap = [1]}, swap rows. fault_seed is the seed (default: 0)."""
 
 
 class ModelSettings(BatchingPolicy, _OwnSettings):
-    """The settings of one model: what it is, how it is coded, which workers run it, its policy.
+    """The settings of one model: its name and tensors, its code, its workers, and its policy.
 
     A setting that is not set has the value of the server's `defaults`, or the default here.
     """
@@ -185,7 +185,7 @@ class ModelSettings(BatchingPolicy, _OwnSettings):
         return self.name or str(self.model).rpartition("/")[2].replace(":", ".")
 
     def policy(self, outputs: Outputs | None = None) -> BatchingPolicy:
-        """Return the batching policy of a model with these outputs (default: as they are set).
+        """Return the batching policy of a model with these outputs (default: the settings' own).
 
         Raises:
             ValueError: for values out of range, and for limits that do not fit the outputs.
@@ -199,7 +199,7 @@ class ModelSettings(BatchingPolicy, _OwnSettings):
     def over(self, defaults: "ModelSettings") -> "ModelSettings":
         """Return these settings, with `defaults` for those that are not set.
 
-        Limits of labels are no defaults of a model whose outputs are set as values.
+        The default limits for labels do not apply to a model whose outputs are set to values.
         """
         given, own = defaults.model_fields_set, self.model_fields_set
         if self.outputs == "values" or self.tolerance is not None:
@@ -234,23 +234,23 @@ class ServerSettings(BaseSettings):
     address: str | None = _setting(None, examples=["auto"])
     "Ray cluster: HOST:6379, ray://HOST:10001, auto, local (default: RAY_ADDRESS, or this machine)."
     runtime_env: Annotated[dict[str, Any], Table] = {}
-    """Ray's runtime environment, as a TOML table, such as {working_dir = '.'}, a folder sent to its
-    nodes."""
+    """Ray's runtime environment, as a TOML table: {working_dir = '.'} sends a folder to the nodes
+    (default: none)."""
     token_file: Path | None = _setting(None, examples=["tokens"])
-    """File of bearer tokens, one a line, of which clients send one (default: none is needed).
-    Health needs none."""
+    """File of bearer tokens, one a line; each request needs one of them (default: no tokens).
+    Health checks need none."""
     tls_certificate: Path | None = _setting(None, examples=["tls.pem"])
-    "PEM file of the certificate's key, the certificate and its chain: only TLS is spoken then."
+    "PEM file with the key, the certificate and its chain, which enables TLS (default: no TLS)."
     model_control: Literal["none", "explicit"] = "none"
-    "Who loads and unloads models: none, or explicit, clients by the model repository's API."
+    "Whether clients may load and unload models by the model repository's API: none or explicit."
     max_body_bytes: int = _setting(64 * 2**20, gt=0, le=2**40)
     "Maximum bytes of a request's body."
     max_bytes_in_flight: int = _setting(2**29, gt=0, le=2**40)
-    "Maximum bytes of all requests that are read or answered at a time."
+    "Maximum bytes of all requests in progress."
     drain_delay_s: float = _setting(0.0, ge=0, le=MAX_DEADLINE_S)
-    "Seconds after SIGTERM in which the server answers, but is not ready."
+    "Seconds after SIGTERM during which the server still accepts requests, but is not ready."
     drain_timeout_s: float = _setting(30.0, ge=0, le=MAX_DEADLINE_S)
-    "Seconds after that for answering what was accepted."
+    "Seconds after drain_delay_s to answer accepted requests."
 
     defaults: ModelSettings = ModelSettings()
     models: list[ModelSettings] = []
@@ -265,10 +265,10 @@ class ServerSettings(BaseSettings):
         return self
 
     def tokens(self) -> frozenset[bytes]:
-        """Return the tokens that clients may send; none where none is needed.
+        """Return the tokens that clients may send; an empty set if none is needed.
 
         Raises:
-            ValueError: where the file is missing or empty.
+            ValueError: if the file is missing or empty.
         """
         if self.token_file is None:
             return frozenset()
@@ -281,7 +281,7 @@ class ServerSettings(BaseSettings):
         """Return the certificate's key, the certificate and its chain; None without TLS.
 
         Raises:
-            ValueError: where the file is missing, or has no key.
+            ValueError: if the file is missing, or has no key or no certificate.
         """
         found = None if self.tls_certificate is None else _content(self.tls_certificate)
         if found is not None and not (b"PRIVATE KEY-----" in found and b"CERTIFICATE--" in found):
@@ -311,7 +311,7 @@ class ServerSettings(BaseSettings):
         """Return every model's settings, with defaults filled in.
 
         Raises:
-            ValueError: where there is no model, one is not named, or two have the same name.
+            ValueError: if there is no model, one lacks `model`, or two have the same name.
         """
         models = [model.over(self.defaults) for model in self.models]
         if not models:
@@ -330,7 +330,7 @@ for _kind in (ModelSettings, ServerSettings):
 
 
 def _content(file: Path) -> bytes:
-    """Return a file's content. Raises ValueError where there is none."""
+    """Return a file's content. Raises ValueError if it cannot be read."""
     try:
         return file.read_bytes()
     except OSError as error:
@@ -348,8 +348,8 @@ def read_settings(file: Path | None, **flags: Any) -> ServerSettings:
     """
     if file is not None and not file.is_file():
         raise ValueError(f"there is no configuration file {file}")
-    # Variables with our prefix that are no settings: those of the tests, and those that Kubernetes
-    # gives to containers beside a service whose name begins so.
+    # Variables with our prefix that are not settings: those of the tests, and those that Kubernetes
+    # sets in containers for a service whose name begins with the prefix.
     tests = "NERCC_REQUIRE_EXTRAS", "NERCC_COMPILE_AS_USERS_DO"
     kubernetes = r"NERCC_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP)(_\w+)?)"
     for name, value in os.environ.items():
@@ -380,7 +380,7 @@ def read_settings(file: Path | None, **flags: Any) -> ServerSettings:
 
 
 def _describe(error: ValidationError) -> str:
-    """Return in one line what is wrong with which settings."""
+    """Return a message of one line: each wrong setting, and what is wrong with it."""
     faults = []
     for fault in error.errors(include_url=False):
         where, what = ".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")
@@ -398,7 +398,7 @@ def as_toml(server: ServerSettings, models: Sequence[ModelSettings]) -> str:
     if server.grpc_port is None:
         of_server["grpc_port"] = "none"
     tables = [("", of_server), *(("\n[[models]]\n", model.model_dump()) for model in models)]
-    # TOML has no null: what is not written is None.
+    # TOML has no null, so settings that are None are left out.
     return "\n".join(
         head + "\n".join(f"{k} = {to_toml(v)}" for k, v in values.items() if v is not None)
         for head, values in tables
@@ -406,7 +406,7 @@ def as_toml(server: ServerSettings, models: Sequence[ModelSettings]) -> str:
 
 
 def to_toml(value: Any) -> str:
-    """Return a value as TOML has it."""
+    """Return a value as TOML text."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{json.dumps(k)} = {to_toml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Stragglers: sets of them, laws of latency, and rules of waiting."""
+"""Stragglers: straggler sets, latency laws, and rules for when to stop waiting."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # for readers and type checkers; `_WHERE` says the same
     from ._laws import straggler_sets as straggler_sets
     from .simulate import Hedge as Hedge
 
-# Imported when they are first used: the simulator of hedging runs without JAX.
+# Imported at first use: the simulator of hedging runs without JAX.
 _WHERE = {
     "_laws": "AbstractLatency AbstractStragglers ContiguousStragglers ExactStragglers "
     "ExponentialLatency IndependentStragglers LogNormalLatency ParetoLatency "

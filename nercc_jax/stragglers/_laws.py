@@ -1,7 +1,7 @@
-"""Stragglers: sets of workers that do not answer in time, and the latencies behind them.
+"""Stragglers: laws of the sets of workers that do not answer in time, and of latencies.
 
 Everything is a small Equinox module with one sampling method; batch it with `jax.vmap` over keys.
-Latencies are in seconds, whatever the unit of the numbers given.
+Latencies are in seconds.
 """
 
 import abc
@@ -20,12 +20,12 @@ from ..codes.checks import check_count, check_positive
 
 
 def _number(value: Any) -> int:
-    """Return a number of workers."""
+    """Return a number of workers, checked to be an integer from 0."""
     return check_count("a number of workers", value, least=0)
 
 
 class AbstractStragglers(eqx.Module):
-    """A law of which workers answer in time."""
+    """A law of the set of workers that answer in time."""
 
     @abc.abstractmethod
     def available(self, key: PRNGKeyArray, num_workers: int) -> Bool[Array, " num_workers"]:
@@ -43,7 +43,7 @@ class AbstractStragglers(eqx.Module):
 
 
 class ExactStragglers(AbstractStragglers):
-    """Exactly `number` workers at random, every set alike likely."""
+    """Stragglers are exactly `number` random workers; all sets are equally likely."""
 
     number: int = eqx.field(converter=_number, static=True)
 
@@ -65,7 +65,7 @@ class ExactStragglers(AbstractStragglers):
 
 
 class IndependentStragglers(AbstractStragglers):
-    """Each worker with the same `probability`, independent of the others."""
+    """Each worker straggles with the same `probability`, independently of the others."""
 
     probability: float = eqx.field(converter=float, static=True)
 
@@ -78,10 +78,10 @@ class IndependentStragglers(AbstractStragglers):
 
 
 class ContiguousStragglers(AbstractStragglers):
-    """A block of `number` workers with neighbouring indices, at a random place: a rack that fails.
+    """Stragglers are `number` workers with neighbouring indices at a random place: a failed rack.
 
-    Where workers are numbered along the line, as in the Chebyshev layout, it is the worst case for
-    an interpolating code.
+    If workers are numbered in the order of their regression points, as in the Chebyshev layout,
+    this is the worst case for an interpolating code.
     """
 
     number: int = eqx.field(converter=_number, static=True)
@@ -109,13 +109,13 @@ class AbstractLatency(eqx.Module):
         """Return latencies in seconds.
 
         The last axis of `shape` is workers: a law may differ between them, or slow some of them
-        together. `plan` draws for any number of workers; `Faults` refuses laws that are not the
-        same, and independent, for all workers.
+        together. `plan` draws for any number of workers; a `Fault` refuses laws whose draws depend
+        on their place.
         """
 
 
 class ExponentialLatency(AbstractLatency):
-    """`shift` + an exponential of mean `scale`, in seconds: a base time and a memoryless delay."""
+    """A base time `shift` plus an exponential delay of mean `scale`, in seconds."""
 
     scale: float
     shift: float = 0.0
@@ -130,7 +130,7 @@ class ExponentialLatency(AbstractLatency):
 
 
 class LogNormalLatency(AbstractLatency):
-    """exp of a normal law: `median` in seconds, `sigma` the deviation of the logarithm."""
+    """A log-normal law: `median` in seconds, `sigma` the standard deviation of the logarithm."""
 
     median: float
     sigma: float
@@ -175,8 +175,8 @@ class TraceLatency(AbstractLatency):
         """Read a text file with one latency in seconds a line; '#' starts a comment.
 
         Raises:
-            ValueError: A line is no number; the message names the file.
-            OSError: As `open`.
+            ValueError: A line is not a number; the message names the file.
+            OSError: As `open` does.
         """
         try:
             values = np.loadtxt(path, ndmin=1)
@@ -189,16 +189,16 @@ class TraceLatency(AbstractLatency):
 
 
 def latency_law(text: str) -> AbstractLatency:
-    """Return the law of latency that a text names, as `nercc plan --latency` takes it.
+    """Return the latency law that a text names, in the format of `nercc plan --latency`.
 
     Args:
         text: `lognormal:MEDIAN:SIGMA`, `exponential:MEAN[:SHIFT]` or `pareto:MINIMUM:SHAPE`, in
-            seconds; `stragglers:SECONDS:SHARE:FACTOR`, where a share of the calls takes several
-            times as long; or `trace:FILE`, as `TraceLatency.from_file`.
+            seconds; `stragglers:SECONDS:SHARE:FACTOR`, where a SHARE of the calls takes FACTOR
+            times as long; or `trace:FILE` (`TraceLatency.from_file`).
 
     Raises:
-        ValueError: There is no such law.
-        OSError: As `open`.
+        ValueError: There is no such law, or a number is out of range.
+        OSError: As `open` does.
 
     Example:
         >>> latency_law("lognormal:0.05:0.6")
@@ -223,7 +223,7 @@ def latency_law(text: str) -> AbstractLatency:
                 raise ValueError(
                     "seconds and factor must be positive, and the share between 0 and 1"
                 )
-            # No two calls take the same time, and no rule may rely on equal times.
+            # Spread by 5 %, since calls of real workers never take equal times.
             usual = seconds * np.linspace(0.95, 1.05, 100)
             late = np.arange(100)[:, None] < round(100 * share)
             return TraceLatency(np.where(late, factor * usual, usual).ravel())
@@ -234,7 +234,7 @@ def latency_law(text: str) -> AbstractLatency:
 
 
 class WaitFor(AbstractStragglers):
-    """The rule "decode when `number` workers have answered", by a law of latency."""
+    """Stragglers of the rule "decode when `number` workers have answered", under a latency law."""
 
     latency: AbstractLatency
     number: int = eqx.field(converter=_number, static=True)
@@ -245,7 +245,7 @@ class WaitFor(AbstractStragglers):
     def outcome(
         self, latencies: Float[Array, " num_workers"]
     ) -> tuple[Bool[Array, " num_workers"], Float[Array, ""]]:
-        """Return the mask of the first `number` answers, and the seconds until they are in."""
+        """Return the mask of the first `number` answers, and the seconds until the last of them."""
         _check_fits(self.number, latencies.shape[0])
         rank = jnp.argsort(jnp.argsort(latencies))
         mask = rank < self.number
@@ -255,7 +255,7 @@ class WaitFor(AbstractStragglers):
 def straggler_sets(
     law: AbstractStragglers, key: PRNGKeyArray, num_workers: int, at_most: int
 ) -> Bool[Array, "sets num_workers"]:
-    """Return masks whose mean stands for the law's: all if they are few, else `at_most` draws."""
+    """Return masks that represent a law: all of them if they are few, else `at_most` draws."""
     masks = law.every_set(num_workers, at_most)
     if masks is not None:
         return jnp.asarray(masks)

@@ -1,4 +1,4 @@
-"""Draws of a law of latency on the host, and whether they depend on their place."""
+"""Draws of a latency law on the host, and a test whether they depend on their place."""
 
 import functools
 import math
@@ -17,7 +17,7 @@ def draw_latencies(
     """Return latencies in seconds; the last axis is workers, which a law may slow together.
 
     Raises:
-        ValueError: The law draws a negative or infinite latency, or not for so many workers.
+        ValueError: The law draws a negative or infinite latency, or cannot draw this shape.
     """
     try:
         drawn = np.asarray(law.sample(key, shape)).reshape(shape)
@@ -33,10 +33,10 @@ def draw_latencies(
 def latency_draws(
     law: AbstractLatency, key: PRNGKeyArray
 ) -> Callable[[int, tuple[int, ...]], Float[np.ndarray, "..."]]:
-    """Return a function of a stream's number and a shape, whose draws are always the same.
+    """Return a function of a stream's number and a shape, whose results are reproducible.
 
-    Each shape is drawn once. Where a law's draws are alike, they are cut from lines of few lengths,
-    for which few programs are compiled.
+    Each stream and shape is drawn once. If a law's draws do not depend on their place, they are cut
+    from vectors whose lengths are powers of two, so that few programs are compiled.
     """
     alike = draws_alike(law)
 
@@ -54,9 +54,9 @@ def latency_draws(
 def draws_alike(law: AbstractLatency) -> bool:
     """Return whether a law's draws are independent of their place, for every shape.
 
-    Draws in rows are then those in a line with the same key, whichever of the functions in
-    `jax.random` draws them. Rows of a prime number of workers are cut by racks of any size, and
-    there are enough of them that a rare event is among them.
+    If they are, draws in rows equal those in a vector with the same key, for any function of
+    `jax.random`. The number of workers in a row is prime, so racks of any size do not fit, and
+    there are enough rows to contain a rare event.
     """
     rows, workers = 256, 257
     try:

@@ -1,8 +1,8 @@
 """The choice of how to hedge: the setting with the shortest tail within a budget of calls.
 
-Tails are forecast by replaying recorded calls (`simulate`), of which some queries are slow whoever
-computes them: copies that were sent show it, and are then useless. Nothing here sends a call or
-looks at a clock. The server's controller of settings and `hedging.hedge` both pick by it.
+Tails are forecast by replaying recorded calls (`simulate`). Some queries are slow at any worker, so
+copies of them are useless; copies that were sent show how many. These are pure functions, used by
+the server's setting controller and by `hedging.hedge`.
 """
 
 import dataclasses
@@ -19,38 +19,39 @@ Setting = TypeVar("Setting")
 
 @dataclasses.dataclass(frozen=True)
 class Picking:
-    """The numbers that the choice of a setting rests on.
+    """The constants of the choice of a setting. A median is the median service time.
 
     Attributes:
-        thresholds: Limits of lateness that are tried besides the policy's own rule, in medians.
-        at_once: Copies of a straggler's query that go out together, at most.
+        thresholds: Limits after which a query is late that are tried, in medians.
+        at_once: The most copies of a late query that are sent together.
         every: Queries between two decisions.
         measured: Requests that a measurement needs.
-        p999: Quantiles between which latencies are averaged: p99.9 by itself jumps where one query
-            in a thousand straggles twice.
-        p99: The same for p99.
-        same: Share by which p99.9s may differ and count as equal; the cheaper is then better.
-        same_p99: The same for p99: wide, because all redundancy would always gain a little.
-        same_calls: Calls a query by which a setting must be cheaper than the present one.
-        more_late: Share by which more queries may straggle than by the policy's own rule.
-        late_of_all: Share of all queries that may straggle in addition.
-        decay: Factor of corrections at each decision: half in some 11,000 queries, because load
-            comes and goes.
-        worst: Largest correction of a forecast, as a factor.
-        lost: Share of late queries' time that copies cannot save, from which on not to hedge is a
+        p999: The quantiles between which latencies are averaged for p99.9, which alone is unstable
+            if one query in a thousand straggles twice.
+        p99: The quantiles between which latencies are averaged for p99.
+        same: The relative difference up to which p99.9s count as equal; the cheaper is then better.
+        same_p99: The same for p99; it is wide, because full redundancy always gains a little.
+        same_calls: The calls a query by which a setting must be cheaper than the present one.
+        more_late: The share by which more queries may straggle than with the policy's own rule.
+        late_of_all: The share of all queries that may straggle in addition.
+        decay: The factor of corrections at each decision: they halve in about 11,000 queries, since
+            load changes.
+        worst: The largest correction of a forecast, as a factor.
+        lost: The share of late queries' time that copies cannot save, above which not hedging is a
             candidate.
-        tried: Share of late queries that are copied all the same, to see whether that is so still.
-        hung: Medians after which a query is copied in any case: whoever has it may hang.
-        time_share: Share of the time that decisions may take.
-        edges: Times between which shares of queries that are slow each time differ, in medians.
-        trials: Copies that these shares need.
-        sure: Standard deviations beyond chance that these shares need.
-        kept: Latest calls that `hedge` decides by, as many as a pool keeps.
-        recent: Those by which it weighs targets.
-        saved: Copies that `hedge` saves up, at most.
-        finished: Share of the losers that `hedge` lets run to their end, to learn their time.
-        slow: Medians beyond which a call counts against its target, in `hedge`.
-        least_weight: Least weight of a target, in `hedge`; one that is not slow has 1.
+        tried: The share of late queries that are copied as a probe while copies seem useless.
+        hung: The medians after which a query is copied in any case, since its worker may hang.
+        time_share: The share of the time that decisions may take.
+        edges: The edges of the bins of time, in medians, for the shares of queries whose copies are
+            as slow as they are.
+        trials: The number of copies that these shares need.
+        sure: The standard deviations beyond chance that these shares need.
+        kept: The latest calls from which `hedge` decides, as many as a pool keeps.
+        recent: The latest calls from which `hedge` weighs targets.
+        saved: The most copies that `hedge` saves.
+        finished: The share of requests whose slower calls `hedge` does not cancel, to record times.
+        slow: The medians beyond which a call counts against its target, in `hedge`.
+        least_weight: The least weight of a target in `hedge`; one that is not slow has 1.
     """
 
     thresholds: tuple[float, ...] = (1.2, 1.35, 1.5, 2.0, 3.0, 5.0)
@@ -85,14 +86,14 @@ PICKING = Picking()
 
 
 class Play(NamedTuple):
-    """A setting as the simulator plays it.
+    """A setting in the form that the simulator replays.
 
     Attributes:
         hedge: The policy for late queries, with its limit in medians.
-        extra: Redundant calls that go out with a query.
-        doubled: Which queries get them.
-        known: Which queries a surrogate answers when they are late, at once.
-        further: Calls a query, of those doubled, in addition to `extra`.
+        extra: The redundant calls that are sent together with a query.
+        doubled: The mask of queries that get them.
+        known: The mask of queries that a surrogate answers as soon as they are late.
+        further: The further calls of each doubled query, in addition to `extra`.
     """
 
     hedge: Hedge
@@ -103,9 +104,10 @@ class Play(NamedTuple):
 
 
 class TailForecast(NamedTuple):
-    """The forecast for a setting: mean latencies around p99.9 and from p99 to p99.9, in medians.
+    """The forecast for a setting.
 
-    And the calls per query, and the share of queries whose own call is late.
+    `tail` and `p99` are mean latencies around p99.9, and from p99 to p99.9, in medians; `calls` are
+    the calls a query; `late` is the share of queries that are late.
     """
 
     tail: float
@@ -133,14 +135,14 @@ def hedged_times(
 ) -> tuple[Float[np.ndarray, " hedged"], Float[np.ndarray, " hedged"]]:
     """Return the times of late queries that are sent again, and of their first copies.
 
-    With `raced` the latter are the times until the first answer, by copy or by the query's own
-    call: where the loser is cancelled, no more is seen.
+    With `raced`, the second array has the times until the first answer, of a copy or of the own
+    call: if slower calls are cancelled, only these times are observed.
     """
     first = np.concatenate([calls.own[None], calls.copies[: play.extra]])
     copies = calls.copies[play.extra :]
     late = play.hedge.outcome(first, copies[:0], doubled=play.doubled).late
     hedged = late & ~np.asarray(play.known)
-    # From the limit to the first answer of the copies, as if the query's own never came.
+    # The times from the limit to the first answer of a copy, as if the own call never answered.
     never, policy = np.full((1, hedged.sum()), np.inf), dataclasses.replace(play.hedge, hedges=True)
     first_copy = policy.outcome(never, copies[:, hedged]).seconds - policy.limit
     own = calls.own[hedged]
@@ -154,11 +156,11 @@ def mean_between(ordered: Float[np.ndarray, " queries"], quantiles: tuple[float,
 
 
 class CopyTrials:
-    """A record of the copies of hedged queries, which shows whether they are as slow as these.
+    """A record of the copies of hedged queries, which shows whether copies are as slow as these.
 
-    Their times are counted between `PICKING.edges`. How often each is to be expected, the replay
-    says: of copies that are other calls of that time (`apart`), and of those that are as slow as
-    their queries (`alike`).
+    The times of copies are counted in bins with `PICKING.edges`. The replay gives the counts to
+    expect in two cases: copies are independent calls (`apart`), or as slow as their queries
+    (`alike`).
     """
 
     def __init__(self):
@@ -172,9 +174,9 @@ class CopyTrials:
         alike: Float[np.ndarray, " _"],
         decay: float,
     ) -> None:
-        """Note copies' times, in medians, and samples of those to expect.
+        """Add copies' times, in medians, and samples of the times to expect in both cases.
 
-        What is known already counts less, by the factor `decay`.
+        Earlier counts are multiplied by `decay`.
         """
         number = len(times)
         self._seen = decay * self._seen + number * _shares_by_time(times)
@@ -183,7 +185,7 @@ class CopyTrials:
 
     @property
     def shares(self) -> Float[np.ndarray, " bins"]:
-        """The shares of slow queries, by their time, whose copies are as slow: what is sure."""
+        """Lower bounds of the shares of slow queries, by time, whose copies are as slow."""
         trials = float(self._seen.sum())
         if trials < PICKING.trials:
             return np.zeros_like(self._seen)
@@ -191,9 +193,9 @@ class CopyTrials:
         return np.clip(more / np.maximum(self._alike - self._apart, 1), 0, 1)
 
     def applied(self, calls: RecordedCalls, limit: float) -> tuple[RecordedCalls, bool]:
-        """Return the calls with copies as slow as was seen, and whether they are of no use.
+        """Return the calls with copies as slow as observed, and whether copies are useless.
 
-        They are of no use where they save less than half of the time beyond the limit.
+        They are useless if they save less than half of the time beyond the limit.
         """
         as_slow = self.shares[np.digitize(calls.own, PICKING.edges)]
         return calls.as_slow(as_slow), calls.lost_share(limit, as_slow) > PICKING.lost
@@ -204,7 +206,7 @@ def beyond_chance(
     shares: Float[np.ndarray, " bins"],
     trials: Float[np.ndarray, " bins"] | float,
 ) -> Float[np.ndarray, " bins"]:
-    """Return by how much counts exceed these shares of the trials, and what chance adds to them."""
+    """Return by how much counts exceed the expected ones and `PICKING.sure` standard deviations."""
     expected = shares * trials
     return counts - expected - PICKING.sure * np.sqrt(expected * (1 - shares) + 1)
 
@@ -217,15 +219,15 @@ def _shares_by_time(times: Float[np.ndarray, " times"]) -> Float[np.ndarray, " b
 def choose(forecasts: Mapping[Setting, TailForecast], current: Setting, budget: float) -> Setting:
     """Return the setting with the shortest tail that costs no more than `budget` calls a query.
 
-    That is the least p99.9; among equal ones the least p99, which may be helped where p99.9 cannot;
-    then the cheapest. The present setting stays where another is hardly better. If all cost more
-    than may be spent, the cheapest is taken.
+    That is the setting with the least p99.9; among equal ones the least p99, which may improve if
+    p99.9 cannot; then the cheapest. The present setting stays if no other is clearly better. If all
+    settings exceed the budget, the cheapest is chosen.
     """
     least = min(each.calls for each in forecasts.values())
     same = [each for each, found in forecasts.items() if found.calls <= max(budget, least)]
     same = _least(same, lambda each: forecasts[each].tail, PICKING.same)
     same = _least(same, lambda each: forecasts[each].p99, PICKING.same_p99)
-    # Of equal calls, by the approximate answers: they cost labels.
+    # Among equally cheap ones, the one with fewest late queries: approximate answers cost labels.
     cheapest = min(same, key=lambda each: (forecasts[each].calls, forecasts[each].late))
     saved = forecasts[current].calls - forecasts[cheapest].calls if current in same else np.inf
     return current if saved <= PICKING.same_calls else cheapest
@@ -234,7 +236,7 @@ def choose(forecasts: Mapping[Setting, TailForecast], current: Setting, budget: 
 def _least(
     settings: list[Setting], number: Callable[[Setting], float], margin: float
 ) -> list[Setting]:
-    """Return the settings whose number exceeds the least by no more than this share."""
+    """Return the settings whose `number` exceeds the least one by at most the share `margin`."""
     numbers = [number(setting) for setting in settings]
     most = min(numbers) * (1 + margin)
     return [each for each, it in zip(settings, numbers, strict=True) if it <= most]

@@ -1,11 +1,10 @@
-"""The simulator: latencies of calls and a policy give times, calls, and who answered.
+"""The simulator: computes times, calls and answers of queries from latencies and a policy.
 
-It runs on NumPy arrays of any number of queries at once: a million take a second. A policy says
-what is sent when, given what has come by then: `Hedge` sends further copies of single queries,
-`wait_for` ends groups of coded data points. Latencies come from calls that were recorded
-(`RecordedCalls`), or are drawn from a law (`draws`). Each call finds a worker that is free:
-queueing is left out, and what the master does itself takes no time. `testing.SimulatedPool` runs
-the real scheduler instead, with queues, one query after the other.
+It runs on NumPy arrays of any number of queries: a million take a second. A policy decides what is
+sent when, given the answers so far: `Hedge` sends copies of single queries, `wait_for` ends groups
+of coded data points. Latencies come from recorded calls (`RecordedCalls`), or are drawn from a law
+(`draws`). Each call finds an idle worker, so there is no queueing, and the master's own work takes
+no time. `testing.SimulatedPool` runs the real scheduler instead, with queues, one query at a time.
 """
 
 import dataclasses
@@ -20,9 +19,9 @@ class Outcome(NamedTuple):
     """The result of a policy for single queries.
 
     Attributes:
-        seconds: The time until each query has its answer.
-        calls: The calls that were sent for it.
-        late: Whether nothing that was sent at once had answered by the limit.
+        seconds: The time until each query is answered.
+        calls: The number of calls of each query.
+        late: Whether none of the calls sent at the start had answered by the limit.
     """
 
     seconds: Float[np.ndarray, "*queries"]
@@ -37,8 +36,8 @@ class Hedge:
     Attributes:
         limit: The time after which a query without an answer is late, and between further copies,
             in the unit of the latencies.
-        at_once: Copies that go out together.
-        hedges: False for no copies at all: what is late is predicted, or takes its time.
+        at_once: The number of copies that are sent together.
+        hedges: Whether copies are sent. Without, late queries are predicted, or wait.
 
     Example:
         >>> from nercc_jax.stragglers import Hedge
@@ -59,13 +58,13 @@ class Hedge:
         doubled: Bool[np.ndarray, "*queries"] | bool = True,
         known: Bool[np.ndarray, "*queries"] | bool = False,
     ) -> Outcome:
-        """Return times and calls, given the latencies of all calls that might be sent.
+        """Return times and calls, given the latencies of all calls that may be sent.
 
         Args:
-            first: Latencies of each query's own call, and of the redundant calls beside it.
-            copies: Latencies of the copies that may follow, in this order.
-            doubled: Which queries get the redundant calls.
-            known: Which queries a surrogate answers when they are late, at once.
+            first: Latencies of each query's own call, and of its redundant calls at the start.
+            copies: Latencies of the copies that may follow, in order.
+            doubled: The mask of queries that get the redundant calls.
+            known: The mask of queries that a surrogate answers as soon as they are late.
         """
         seconds = np.min(np.where(np.asarray(doubled), first[1:], np.inf), axis=0, initial=np.inf)
         seconds = np.minimum(first[0], seconds)
@@ -90,15 +89,14 @@ def wait_for(
     Float[np.ndarray, "*groups"],
     Float[np.ndarray, "*groups num_data"],
 ]:
-    """Decode groups when `number` workers have answered, but not before `min_wait` seconds.
+    """Return when groups are decoded: at `number` answers, but not before `min_wait` seconds.
 
-    A group ends sooner if all its workers have answered, or each data point has an answer of its
-    own: `own[k, n]` says that worker n runs on data point k as it came. Groups may have workers of
-    their own.
+    A group ends earlier if all its workers have answered, or each data point has an exact answer:
+    `own[k, n]` says that worker n computes data point k itself. `own` may differ between groups.
 
     Returns:
-        The mask of answers; the time of the end; and each data point's own time, that of its own
-        answer, infinite where no worker runs on it.
+        The mask of answers; the time of the end; and the time of each data point's first exact
+        answer, infinite if no worker computes it.
     """
     arrivals = np.sort(latencies, axis=-1)
     first = np.where(own, latencies[..., None, :], np.inf).min(axis=-1)
@@ -108,16 +106,16 @@ def wait_for(
 
 
 class RecordedCalls(NamedTuple):
-    """The times of recorded calls as queries' own calls and as their copies, in medians.
+    """The times of recorded calls, replayed as queries' own calls and copies, in median times.
 
-    For each call as a query's own, calls of other workers that were sent soon after stand for its
-    copies, so that what slows many workers at once slows copies, too.
+    Each recorded call is a query's own call. Calls of other workers that were sent soon after it
+    are its copies, so that an event that slows many workers slows copies, too.
 
     Attributes:
-        own: By the median of calls of their size.
-        copies: Those of further calls of the same query, in turn.
-        draws: Uniform in [0, 1), to draw which queries a surrogate can answer.
-        median: That of single queries, in seconds.
+        own: Times of queries' own calls, in units of the median time of calls of their size.
+        copies: Times of the copies of the same queries, in order, in the same unit.
+        draws: Uniform numbers in [0, 1), to draw which queries a surrogate can answer.
+        median: The median time of the smallest size with enough calls, in seconds.
     """
 
     own: Float[np.ndarray, " queries"]
@@ -140,13 +138,13 @@ class RecordedCalls(NamedTuple):
         """Return a replay of calls; None if too few have a size whose median is known.
 
         Args:
-            calls: When each was sent, its seconds, its size (queries) and its worker.
+            calls: For each call, when it was sent, its seconds, its size (queries) and its worker.
             copies: The most copies of a query.
             workers: The number of workers.
-            seed: Of the choice of copies.
-            least: The number of calls of a size that its median needs.
-            times: How often each call is replayed, with other copies.
-            tries: How often a call of another worker is looked for.
+            seed: The seed of the choice of copies.
+            least: The number of calls that the median of a size needs.
+            times: How many times each call is replayed, with different copies.
+            tries: The most attempts to find a call of another worker.
         """
         if not calls:
             return None
@@ -175,10 +173,10 @@ class RecordedCalls(NamedTuple):
         return cls(relative[own], copied, random.random(len(own)), medians[min(medians)])
 
     def as_slow(self, probability: Float[np.ndarray, " queries"]) -> "RecordedCalls":
-        """Return the calls where this share of the queries is as slow each time.
+        """Return the calls with queries whose copies are as slow as they are.
 
-        Copies of these take as long as the query's own call. They are drawn independently of the
-        queries that a surrogate knows.
+        Each query is one of these with its `probability`, independently of whether a surrogate can
+        answer it. Its copies take as long as its own call.
         """
         same = self.draws[::-1] < probability
         return self._replace(copies=np.where(same, self.own, self.copies))
@@ -194,10 +192,10 @@ def completed(
     ended: Bool[np.ndarray, " calls"],
     random: np.random.Generator,
 ) -> Float[np.ndarray, " calls"]:
-    """Return times of calls as they might have been, had none been cancelled before it `ended`.
+    """Return times of calls, with estimates for those that were cancelled before they `ended`.
 
-    A cancelled call takes as long as a random one of those that ended and took longer; twice as
-    long as it did where there is none.
+    A cancelled call takes as long as a random ended call that took longer than it had until then;
+    without any, twice as long as it had.
     """
     known = np.sort(seconds[ended])
     longer = np.searchsorted(known, seconds, side="right")

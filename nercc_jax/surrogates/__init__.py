@@ -1,4 +1,4 @@
-"""Cheap models of the served one: fixed ones, and learners from past answers."""
+"""Surrogates, cheap approximations of the served model: fixed models, and learners from answers."""
 
 from .interface import AbstractSurrogate
 from .kernel import Kernel, Projection, principal_components

@@ -1,4 +1,4 @@
-"""The inverse of Cholesky's factor of a covariance matrix, made at once or after rows changed."""
+"""The inverse Cholesky factor of a covariance matrix, computed anew or updated for changed rows."""
 
 from typing import Any
 
@@ -13,11 +13,11 @@ from ..splines.arrays import constant, namespace
 def whiten(
     covariance: Float[Any, "n n"], noise: Float[Any, ""]
 ) -> tuple[Float[Any, "n n"], Float[Any, ""]]:
-    """Return the inverse of Cholesky's factor, and what was added to the diagonal for it.
+    """Return the inverse Cholesky factor, and the jitter that was added to the diagonal.
 
-    Rounding of the covariances may add up to n units in the last place of the largest, so a noise
-    below that is raised to it. Where that is not enough, as little more as makes the factor finite.
-    NaN where the matrix is not finite.
+    Rounding errors of the covariances may add up to n units in the last place of the largest one,
+    so a smaller noise is raised to that. If that is not enough, the jitter is enlarged until the
+    factor is finite. The factor is NaN if the matrix is not finite.
 
     Args:
         covariance: A covariance matrix.
@@ -39,7 +39,7 @@ def whiten(
                 jitter = np.maximum(8 * jitter, 4 * unit)
 
     def cholesky(matrix: Array) -> Array:
-        # The lower half is read: what is not symmetric by a rounding need not be made so.
+        # Only the lower half is read, so asymmetry from rounding does not matter.
         return jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
 
     def fails(jitter: Array) -> Array:
@@ -52,9 +52,9 @@ def whiten(
 
 
 def _inverse_of_triangle(lower: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"]:
-    """Return the inverse of a lower triangle, by halves: nearly all of it is products.
+    """Return the inverse of a lower triangular matrix, by halves, mostly with matrix products.
 
-    SciPy has LAPACK's own, but its import takes longer than a first fit.
+    SciPy offers LAPACK's routine, but its import takes longer than a first fit.
     """
     size = len(lower)
     if size <= 64:
@@ -74,22 +74,22 @@ def replace_rows(
     own: Float[np.ndarray, "new new"],
     out: Float[np.ndarray, "after after"],
 ) -> None:
-    """Write a whitening matrix after some rows of its covariances went, and others came.
+    """Write the whitening matrix of covariances of which some rows were removed and others added.
 
-    Where B rows go, a block Householder reflection moves their columns' share of the matrix into B
-    of its rows, which are left out: Q = I - V T V' (Schreiber and Van Loan 1989), from LAPACK's
-    reflectors, with T = (I + D S)^-1 D, D their scales and S the upper half of V' V. The rest is
-    the inverse of a Cholesky factor but for a rotation, and new rows are appended to it.
+    To remove B rows, a block Householder reflection moves the entries of their columns into B rows
+    of the matrix, which are dropped: Q = I - V T V' (Schreiber and Van Loan 1989), from LAPACK's
+    reflectors, with T = (I + D S)^-1 D, D their scales and S the upper half of V' V. The rest is an
+    inverse Cholesky factor up to a rotation, to which the new rows are appended.
 
     Args:
         whitening: The whitening matrix before.
-        kept: The rows of the covariances that stay, in order, one at least.
-        cross: The covariances of these with the new ones.
-        own: The covariances of the new ones.
-        out: The place of the whitening matrix, first the rows that stay; it must hold zeros.
+        kept: The rows of the covariances that stay, in order; at least one.
+        cross: The covariances of the kept rows with the new ones.
+        own: The covariances of the new rows.
+        out: The output, with the kept rows first; it must contain zeros.
 
     Raises:
-        LinAlgError: The covariances are not positive definite, but for rounding.
+        LinAlgError: The covariances are not positive definite, up to rounding.
     """
     size = len(kept)
     held = out[:size, :size]
@@ -99,7 +99,7 @@ def replace_rows(
         rows = np.triu(packed, 1) + np.eye(*packed.shape)
         upper = np.triu(rows @ rows.T, 1)
         middle = np.linalg.solve(np.eye(len(rows)) + scales[:, None] * upper, np.diag(scales))
-        # Rows that went from an end leave no copy to make: memory takes most of the time here.
+        # If rows are removed from an end, a view suffices: copies take most of the time here.
         at_end = kept[-1] - kept[0] == size - 1
         rest = whitening[:, kept[0] : kept[-1] + 1] if at_end else whitening.take(kept, axis=1)
         across = middle.T @ (rows @ rest)

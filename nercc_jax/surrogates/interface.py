@@ -1,7 +1,7 @@
-"""The interface of surrogates: fixed models and learners alike.
+"""The interface of surrogates: fixed models and learners.
 
-Decoding asks a surrogate for a prior of each group (`group_prior`), and conditions it on the
-answers that came.
+Decoding gets a prior of each group from a surrogate (`group_prior`), and conditions it on the
+workers' answers.
 """
 
 import abc
@@ -16,10 +16,10 @@ from ..inference.models import Model
 
 
 class AbstractGroupPrior(eqx.Module):
-    """A surrogate's knowledge of groups before their answers come.
+    """A surrogate's predictions for groups before the workers answer.
 
-    It is made once for all straggler sets. All its arrays have a first axis of groups. `form` is
-    the structure of its outputs, which must be the model's.
+    It is computed once for all straggler sets. All its arrays have a first axis of groups. `form`
+    is the structure of its outputs, which must be that of the model's outputs.
     """
 
     form: eqx.AbstractVar[Form]
@@ -30,7 +30,7 @@ class AbstractGroupPrior(eqx.Module):
         y: Float[Array, "groups num_workers m"],
         available: Bool[Array, "groups num_workers"],
     ) -> "SurrogatePredictions":
-        """Return the surrogate's predictions after these answers.
+        """Return the surrogate's predictions, conditioned on these answers.
 
         Args:
             y: Answers as vectors. Those that are not finite are not used.
@@ -39,14 +39,14 @@ class AbstractGroupPrior(eqx.Module):
 
 
 class SurrogatePredictions(AbstractGroupPrior):
-    """A surrogate's outputs on data points and on coded data points, which no answer changes.
+    """A surrogate's outputs on data points and coded data points, independent of the answers.
 
     Attributes:
         own: Outputs on the data points.
         coded: Outputs on the coded data points.
         form: The structure of the outputs.
-        deviation: Standard deviations on the data points, in units of the outputs; None for a
-            surrogate that has none.
+        deviation: Standard deviations on the data points, in units of the outputs; None if the
+            surrogate has none.
     """
 
     own: Float[Array, "groups num_data m"]
@@ -63,13 +63,13 @@ class SurrogatePredictions(AbstractGroupPrior):
 
 
 class AbstractSurrogate(eqx.Module):
-    """A cheap model of the served one, and how far it is trusted against a code.
+    """A cheap approximation of the served model, and its weights relative to a code.
 
     Attributes:
         theta: The share of its outputs that is subtracted from the answers before they are decoded,
             0 or positive.
-        kappa: The shrinkage of what is decoded, by posterior variance, 0 or positive: see
-            `decode_with_deviation`.
+        kappa: The shrinkage of decoded residuals with their posterior variance, 0 or positive: see
+            `surrogate.py`.
     """
 
     theta: eqx.AbstractVar[Float[Array, ""]]
@@ -101,17 +101,17 @@ class AbstractSurrogate(eqx.Module):
         coded: PyTree[Shaped[Array, "groups num_workers ..."]],
         own: PyTree[Float[Array, "groups num_data ..."]] | None = None,
     ) -> AbstractGroupPrior:
-        """Return its knowledge of groups of data points and of their coded data points.
+        """Return its prior for groups of data points and their coded data points.
 
         Args:
             x: Data points.
             coded: Coded data points.
-            own: Its `outputs` on the data points, where they are known already.
+            own: Its `outputs` on the data points, if they are already known.
         """
 
 
 def check_like(cheap: Form, own: Form) -> None:
-    """Raise ValueError where a surrogate's outputs are not like the model's."""
+    """Raise ValueError if a surrogate's outputs differ from the model's in structure or shapes."""
     if (cheap.structure, cheap.shapes) != (own.structure, own.shapes):
         theirs, ours = (jax.tree.unflatten(form.structure, form.shapes) for form in (cheap, own))
         raise ValueError(f"the surrogate gives outputs {theirs}, the model {ours}")

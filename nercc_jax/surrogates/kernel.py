@@ -1,7 +1,7 @@
-"""Covariance functions for regression over inputs, and the features that inputs are compared by.
+"""Covariance functions for regression over inputs, and the features by which inputs are compared.
 
-This is our own code, since tinygp 0.3 and GPJax 1.0 factorize the whole window whenever they
-condition, and have no mask and no window of rows; what would be left of them is these formulas.
+This is our own code, since tinygp 0.3 and GPJax 1.0 factorize the whole window for each
+conditioning, and have no mask and no window of rows; only these formulas could be reused.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,18 +24,18 @@ Shape: TypeAlias = Literal["squared_exponential", "matern52"]
 class Kernel(eqx.Module):
     """A covariance function of features, in units of the process's variance.
 
-        k(a, b) = shape(|a - b|) + linear (a . b),   features less `centre`, over `unit` and width
+        k(a, b) = shape(|a - b|) + linear (a . b),   features minus `centre`, over `unit` and width
 
     `fit_learner` tunes the widths, `linear` and `noise`.
 
     Attributes:
         shape: "squared_exponential" (exp(-r^2/2)) or "matern52".
-        groups: Which of the widths each feature has.
-        centre: What is subtracted from the features.
-        unit: The distance in each feature that a width of 1 means.
+        groups: For each feature, the index of its width.
+        centre: The centre of the features, which is subtracted.
+        unit: For each feature, the distance that equals a width of 1.
         widths: The widths of the groups of features, in their units.
         linear: The weight of a straight line; 0 for none.
-        noise: The variance of what the kernel does not explain.
+        noise: The variance that the kernel does not explain.
     """
 
     shape: Shape = eqx.field(static=True)
@@ -57,9 +57,9 @@ class Kernel(eqx.Module):
         linear: Float[ArrayLike, ""] = 0.0,
         noise: Float[ArrayLike, ""] = 1e-4,
     ):
-        """Make a kernel.
+        """Create a kernel.
 
-        Without `groups` all features share one width, or each has its own where there are as many.
+        Without `groups`, each feature has its own width if there are as many, else all share one.
 
         Raises:
             ValueError: The shape is unknown, groups do not fit, units, widths or noise are not
@@ -90,7 +90,7 @@ class Kernel(eqx.Module):
     ) -> Float[Any, "*groups p q"]:
         """Return the covariances of outputs at a with those at b, without noise.
 
-        On the host, where the kernel's own arrays are NumPy's, this is computed in float64.
+        With NumPy arrays, this is computed in float64.
         """
         a, b = self.scaled(a), self.scaled(b)
         xp = namespace(a, b)
@@ -105,13 +105,12 @@ class Kernel(eqx.Module):
         return (a - self.centre) / (self.unit * self.widths[self.groups])
 
     def same(self, a: Float[Any, "p features"], b: Float[Any, "q features"]) -> Bool[Any, "p q"]:
-        """Return which inputs differ by no more than rounding: by 1e-5 of the kernel's widths.
+        """Return which inputs differ by at most 1e-5 of the kernel's widths: only by rounding.
 
-        Rounding of float32 moves inputs by less, and a kernel that takes them apart would judge
-        itself on copies of its own pairs.
+        Otherwise a kernel would be tested on copies of its own pairs that float32 has rounded.
 
-        Distances by products of matrices, as in covariances, are no exact 0 in float32. So inputs
-        are compared coordinate by coordinate, or where they have more than eight along eight
+        Distances from matrix products, as in covariances, are not exactly 0 in float32. So inputs
+        are compared coordinate by coordinate; those with more than eight, along eight random
         directions.
         """
         a, b = self.scaled(a), self.scaled(b)
@@ -128,9 +127,9 @@ class Kernel(eqx.Module):
 
 
 def first_kernel(shape: Shape, z: Float[Any, "pairs features"]) -> Kernel:
-    """Return a kernel to start from, with one width, the square root of the number of features.
+    """Return a kernel to start from, with one width: the square root of the number of features.
 
-    It is centred on the features, in units of their spreads.
+    Its centre is the mean of the features, and its units are their spreads.
     """
     z, features = np.asarray(z), z.shape[1]
     finite = np.all(np.isfinite(z), axis=1)[:, None]
@@ -155,7 +154,7 @@ def covariances(shape: Shape, square: Float[Any, "..."]) -> Float[Any, "..."]:
     xp = namespace(square)
     if shape == "squared_exponential":
         return xp.exp(-square / 2)
-    root = np.sqrt if xp is np else safe_sqrt  # in programs it has a derivative at 0
+    root = np.sqrt if xp is np else safe_sqrt  # whose derivative at 0 is finite
     r = root(5 * square)
     return (1 + r + r**2 / 3) * xp.exp(-r)
 
@@ -164,7 +163,7 @@ class Projection(eqx.Module):
     """An orthogonal projection of data points, as `features` of a learner.
 
     Attributes:
-        centre: What is subtracted from the data points.
+        centre: The centre, which is subtracted from the data points.
         directions: Orthonormal directions.
     """
 
@@ -178,10 +177,10 @@ class Projection(eqx.Module):
 def principal_components(
     x: PyTree[Shaped[ArrayLike, "points ..."]], number: int = 64
 ) -> Projection:
-    """Return the directions in which data points differ most.
+    """Return the projection on the directions in which data points differ most.
 
     Args:
-        x: Data points; parts that are no floats do not count.
+        x: Data points; leaves that are not floats are ignored.
         number: The number of directions; there may be fewer.
 
     Raises:
@@ -200,7 +199,7 @@ _run = eqx.filter_jit(lambda function, x: function(x))
 
 
 def called(function: Function, x: PyTree) -> PyTree:
-    """Return a user's function of a batch; of NumPy's arrays by a program, unless NumPy has it."""
+    """Return a user's function of a batch; for NumPy arrays, it is called inside `jax.jit`."""
     on_host = all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(x))
     if isinstance(function, Projection) or not on_host:
         return function(x)
@@ -210,7 +209,7 @@ def called(function: Function, x: PyTree) -> PyTree:
 def features_of(
     features: Function | None, x: PyTree[Shaped[Any, "points ..."]]
 ) -> Float[Any, "points d"]:
-    """Return the features of data points as vectors: their own floats without a function."""
+    """Return the features of data points as vectors; without a function, their own floats."""
     found = x if features is None else called(features, x)
     floats = [leaf for leaf in jax.tree.leaves(found) if is_float(leaf)]
     if not floats:
@@ -220,7 +219,7 @@ def features_of(
 
 
 def length_of(name: str, tree: PyTree) -> int:
-    """Return the number of rows of all leaves; raise ValueError where they differ."""
+    """Return the number of rows of all leaves; raise ValueError if they differ."""
     lengths = {leaf.shape[:1] for _, leaf in leaves_of(name, tree)}
     if len(lengths) != 1 or () in lengths:
         shapes = ", ".join(f"{label} {leaf.shape}" for label, leaf in leaves_of(name, tree))

@@ -5,19 +5,19 @@ With the window's features H and residuals r = y - m(x) of its answers, the pred
     mean(x) = m(x) + c + k(x, H) A^-1 (r - c),   A = k(H, H) + noise,
     variance(x) = k(x, x) + noise - k(x, H) A^-1 k(H, x),
 
-a Gaussian process's posterior, with m the prior mean and c the mean residual, and the variance in
-units that `DeviationScale` turns into those of the outputs. The equations are solved for the points
-and not for the outputs, of which there may be thousands.
+the posterior of a Gaussian process, with prior mean m and mean residual c. `DeviationScale` turns
+the variance into the units of the outputs. The equations are solved once for each point, not once
+for each output: a model may have thousands of outputs.
 
-Answers to the same input are one pair, with their mean and the noise divided by their number.
+Answers to the same input are one pair, with their mean, and the noise divided by their number.
 
-The factor is W = L^-1, the inverse of Cholesky's, since W' W = A^-1 takes products alone, which
-are faster than solving. Learning is NumPy's, in float64: nothing is compiled, and a learner of a
-hundred pairs is there in milliseconds. New pairs are appended to the factor, old ones leave it by a
-reflection, and once as many have come as the window holds it is made again. Predictions are NumPy's
-too, or in a program (`jax.jit`, `jax.grad`) JAX's, in the program's precision. The factor is only
-rounded then: with the least noise of a tuned kernel, errors stay within 1 % of those in float64,
-and deviations within 1 % for 1,024 pairs, 10 % for 64.
+The factor is W = L^-1, the inverse of the Cholesky factor, since W' W = A^-1 needs only products,
+which are faster than solving. Learning uses NumPy in float64: nothing is compiled, and a learner of
+a hundred pairs is fitted in milliseconds. New pairs are appended to the factor, and old ones are
+removed by a reflection; after as many new pairs as the window holds, the factor is recomputed.
+Predictions use NumPy, or JAX inside a transformation (`jax.jit`, `jax.grad`), in its precision. The
+factor is then rounded: with the least noise of a tuned kernel, errors stay within 1 % of those in
+float64, and deviations within 1 % for 1,024 pairs, 10 % for 64.
 
 Source: Rasmussen and Williams 2006, "Gaussian Processes for Machine Learning", section 2.2.
 """
@@ -56,13 +56,13 @@ L = TypeVar("L", bound="Learner")
 class PairWindow(eqx.Module):
     """The latest pairs, the oldest first. Answers to the same input are one pair.
 
-    Left apart, copies of a pair would vouch for each other: leaving one out would leave its copy.
-    So would inputs that differ by rounding alone (`Kernel.same`): the earliest stands for all.
+    Otherwise leaving a pair out would leave its copy in, and errors would be underestimated. Inputs
+    that differ only by rounding count as the same (`Kernel.same`): the earliest one is kept.
 
     Attributes:
         inputs: Features of the pairs.
-        residuals: Mean answers of the pairs less the prior.
-        counts: The number of answers of each pair; 0 where a row holds none.
+        residuals: Mean answers of the pairs minus the prior.
+        counts: The number of answers of each pair; 0 for an empty row.
         scatter: The root mean square distance of answers to the same input from their mean.
     """
 
@@ -73,14 +73,14 @@ class PairWindow(eqx.Module):
 
 
 class Factor(eqx.Module):
-    """Numbers that follow from window and kernel, and that predictions need.
+    """Numbers derived from window and kernel that predictions need.
 
     Attributes:
         whitening: A matrix W for which W' W is the inverse of the pairs' covariances.
-        jitter: The number that was added to the covariances' diagonal to have a factor.
-        centre: The mean residual; 0 for none.
+        jitter: The number added to the covariances' diagonal so that a factor exists.
+        centre: The mean residual; 0 without pairs.
         spread: The residuals' standard deviation over window and outputs; 0 if all are equal.
-        replaced: The number of pairs that have come since the factor was made.
+        replaced: The number of pairs added since the factor was computed anew.
     """
 
     whitening: Float[Any, "capacity capacity"]
@@ -91,21 +91,21 @@ class Factor(eqx.Module):
 
 
 class DeviationScale(eqx.Module):
-    """The scale of deviations: what the errors of leaving pairs out ask for.
+    """The scale of deviations, calibrated on the errors of leaving each pair out.
 
     With v the process's variance at a point, its deviation in units of the outputs' spread is
 
         scale sqrt(v) min(v / typical, 1)^(exponent / 2),    typical = mean k(x, x) + noise.
 
-    Where nothing is known, v is about `typical`, and the output is off by its spread. A factor
-    alone, fitted where pairs are near, promises too much far from all of them: of 1.64 deviations,
-    for 11 functions of 5 features, 50 % held three times as far out as the pairs, and with an
-    exponent 67 %; among the pairs 89 and 88 %.
+    Far from all pairs, v is about `typical`, and the error is about the outputs' spread. A factor
+    without the exponent, fitted near pairs, is too small far from them. Measured for 11 functions
+    of 5 features, bars of 1.64 deviations covered 50 % three times as far out as the pairs, and
+    67 % with an exponent; among the pairs 89 and 88 %.
 
     Attributes:
         scale: The factor.
-        typical: The variance of a point before any answer, in the mean over the pairs.
-        exponent: How much faster than the variance the square error falls near pairs; 0 or more.
+        typical: The prior variance of a point, in the mean over the pairs.
+        exponent: How much faster than the variance the squared error falls near pairs; 0 or more.
     """
 
     scale: Float[Any, "*groups"]
@@ -134,7 +134,7 @@ class GaussianGroupPrior(AbstractGroupPrior):
         mean: The means, given the window.
         covariance: The covariances within each group, in units of the process's variance.
         noise: The variance of the noise, in the same units.
-        spread: The spread of the outputs; 0 where it is unknown.
+        spread: The spread of the outputs; 0 if it is unknown.
         scale: The scale of deviations.
         form: The structure of the outputs.
     """
@@ -155,7 +155,7 @@ class GaussianGroupPrior(AbstractGroupPrior):
         responded = available & jnp.all(jnp.isfinite(y), axis=-1)
 
         def of_group(mean, covariance, noise, y, responded):
-            # The covariances of the answers that came with all points of the group.
+            # The covariances of the available answers with all points of the group.
             cross = jnp.where(responded[:, None], covariance[-num_workers:], 0)
             own = jnp.where(responded, cross[:, -num_workers:], 0)
             own = own + jnp.diag(jnp.where(responded, noise, 1))
@@ -175,8 +175,8 @@ class GaussianGroupPrior(AbstractGroupPrior):
 class Learner(AbstractSurrogate):
     """A Gaussian process on past answers: a pytree of bounded size that forgets the oldest pairs.
 
-    `update` and `predict` are pure, and return NumPy's arrays. In programs `predict` may be jitted,
-    vmapped and differentiated, and so may a scheme with a learner.
+    `update` and `predict` are pure, and return NumPy arrays. `predict`, and a scheme with a
+    learner, may also be transformed by `jax.jit`, `jax.vmap` and `jax.grad`.
 
     >>> import numpy as np
     >>> from nercc_jax.surrogates import fit_learner
@@ -188,17 +188,18 @@ class Learner(AbstractSurrogate):
     ((1, 1), (1,))
 
     Attributes:
-        features: A function of a batch, which JAX can trace, that returns what inputs are compared
-            by (a projection, a student's inner layer); None for the inputs' own floats.
-        prior: A function of a batch, which JAX can trace, that returns the mean before any answer
-            (a student); None for none. The mean residual is subtracted in addition.
+        features: A function of a batch, which JAX can trace, that returns the features by which
+            inputs are compared (a projection, a student's inner layer); None for the inputs' own
+            floats.
+        prior: A function of a batch, which JAX can trace, that returns the prior mean (a student);
+            None for 0. The mean residual is also subtracted.
         kernel: The covariance function; `fit_learner` tunes it.
         scale: The scale of deviations; `fit_learner` tunes it.
         theta: See `AbstractSurrogate`.
-        kappa: See `AbstractSurrogate`. Default: infinite, the learner alone, which knows the
-            group's answers, too.
+        kappa: See `AbstractSurrogate`. Default: infinite, the learner alone, which is conditioned
+            on the group's answers, too.
         window: The pairs (`PairWindow`).
-        factor: Numbers that follow from the window and the kernel (`Factor`).
+        factor: Numbers derived from the window and the kernel (`Factor`).
         form: The structure of the outputs.
     """
 
@@ -221,10 +222,10 @@ class Learner(AbstractSurrogate):
         features: Function | None = None,
         prior: Function | None = None,
     ):
-        """Make an empty learner; `fit_learner` finds kernel and form from the first pairs.
+        """Create an empty learner; `fit_learner` finds kernel and form from the first pairs.
 
         Raises:
-            ValueError: The capacity is no positive integer.
+            ValueError: The capacity is not a positive integer.
         """
         capacity = check_count("capacity", capacity)
         self.features, self.prior, self.kernel, self.form = features, prior, kernel, form
@@ -255,7 +256,7 @@ class Learner(AbstractSurrogate):
 
     @property
     def filled(self) -> Bool[Any, " capacity"]:
-        """Return which rows of the window hold a pair."""
+        """Return the mask of the window's rows that hold a pair."""
         return self.window.counts > 0
 
     @property
@@ -268,17 +269,17 @@ class Learner(AbstractSurrogate):
         x: PyTree[Shaped[Any, "pairs ..."]],
         y: PyTree[Float[Any, "pairs ..."]],
     ) -> L:
-        """Return the learner that knows these pairs, too, in place of its oldest ones.
+        """Return the learner with these pairs added; if its window is full, the oldest are dropped.
 
-        Coded data points with their answers are pairs like any other. Pairs that are not finite are
-        left out.
+        Coded data points with their answers may be pairs, too. Pairs that are not finite are left
+        out.
 
         Args:
             x: Inputs.
             y: Answers.
 
         Raises:
-            ValueError: x and y are not like what it holds, or a program is traced.
+            ValueError: x or y differ in form from its pairs, or it is called inside `jax.jit`.
         """
         if any_tracer(self, x, y):
             raise ValueError("a learner learns outside of programs: call update outside of jax.jit")
@@ -289,8 +290,8 @@ class Learner(AbstractSurrogate):
             return self
         factor, kept = one.factor, source[learned.filled & ~fresh]
         replaced = int(factor.replaced) + int(fresh.sum())
-        # A factor that was rounded on a device is no start, and of many rows a new one is cheaper.
-        # Rounding errors of reflections add up, but slowly.
+        # A factor that was rounded on a device cannot be updated, and for many new rows a new one
+        # is cheaper. Rounding errors of reflections accumulate slowly.
         exact = factor.whitening.dtype == np.float64
         if not exact or fresh.sum() > 0.25 * len(kept) or replaced > one.capacity:
             return learned.refactorized()
@@ -301,7 +302,7 @@ class Learner(AbstractSurrogate):
         whole = np.zeros((one.capacity, one.capacity))
         try:
             replace_rows(factor.whitening[old, old], kept, cross, own, whole[rows, rows])
-        except np.linalg.LinAlgError:  # rounding is all that is left of the new rows
+        except np.linalg.LinAlgError:  # the new rows are dependent on old ones, up to rounding
             return learned.refactorized()
         return learned._with_factor(whole, factor.jitter, replaced)
 
@@ -310,11 +311,10 @@ class Learner(AbstractSurrogate):
     ) -> tuple[PyTree[Float[Any, "points ..."]], Float[Any, " points"]]:
         """Return the mean, in the structure of the model's outputs, and each point's deviation.
 
-        The deviation is a standard deviation of an answer (noise included) in units of the outputs:
-        the root mean square over all of them. Its unit is the spread of the answers. So it is
-        infinite before there are two that differ: nothing says yet how far others may be off, and
-        of a constant function nothing ever will. With an empty window the mean is the prior's, or
-        0.
+        The deviation is the standard deviation of an answer, noise included, as the root mean
+        square over its outputs and in their units. It is proportional to the spread of the answers,
+        so it is infinite until two answers differ, and always for a constant function. With an
+        empty window the mean is the prior's, or 0.
         """
         one, x = self._in_place(x)
         mean, covariance = one.window_posterior(one._features(x)[:, None])
@@ -342,7 +342,7 @@ class Learner(AbstractSurrogate):
         coded: PyTree[Shaped[Array, "groups num_workers ..."]],
         own: PyTree[Float[Array, "groups num_data ..."]] | None = None,
     ) -> GaussianGroupPrior:
-        # Means by themselves are not enough: data points go with their group's answers.
+        # `own` alone is not enough: covariances with the group's answers are needed.
         one, (x, coded) = self._in_place((x, coded))
         xp = namespace(one.window.counts)
         together = jax.tree.map(lambda *leaves: xp.concatenate(leaves, axis=1), x, coded)
@@ -382,7 +382,7 @@ class Learner(AbstractSurrogate):
         whitening, centred = one.factor.whitening[rows, rows], one._centred(rows)
         cross = kernel(z.reshape(-1, features), one.window.inputs[rows]) * one.filled[rows]
         white = product(cross, whitening.T)
-        if len(white) < centred.shape[1]:  # in the order that takes less
+        if len(white) < centred.shape[1]:  # in the cheaper order
             mean = product(product(white, whitening), centred)
         else:
             mean = product(white, product(whitening, centred))
@@ -392,10 +392,10 @@ class Learner(AbstractSurrogate):
         return mean.astype(one.window.residuals.dtype), kernel(z, z) - known
 
     def knows(self, x: PyTree[Shaped[Any, "points ..."]]) -> Bool[Any, " points"]:
-        """Return which inputs the window has answers to.
+        """Return the mask of inputs to which the window has answers.
 
-        Predictions of these are nearly the answers themselves, and say nothing of how far others
-        may be off.
+        Predictions of these are nearly the answers themselves, so their errors say nothing about
+        those of other inputs.
         """
         one, x = self._in_place(x)
         return (one.kernel.same(one._features(x), one.window.inputs) & one.filled).any(axis=1)
@@ -403,9 +403,9 @@ class Learner(AbstractSurrogate):
     def left_out(self) -> tuple[Float[Any, "capacity m"], Float[Any, " capacity"]]:
         """Return the errors of predicting each pair of the window from the others, and deviations.
 
-        The mean answer to an input is predicted without any of the answers to it, and the deviation
-        is that of a single answer. The factor that is there gives all of them at once (Rasmussen
-        and Williams 2006, equations 5.12).
+        Each input's mean answer is predicted without any of its answers, and the deviation is that
+        of a single answer. All follow from the present factor (Rasmussen and Williams 2006,
+        equations 5.12).
         """
         one, _ = self._in_place(())
         xp, rows, filled = namespace(one.window.counts), one._rows, one.filled
@@ -416,7 +416,7 @@ class Learner(AbstractSurrogate):
         return -one.mean_weights() / precision[:, None], one.deviation_of(single)
 
     def mean_weights(self) -> Float[Any, "capacity m"]:
-        """Return the weights of covariances with the window's pairs in the mean."""
+        """Return the weights of the window's pairs: the mean is covariances times weights."""
         one, _ = self._in_place(())
         rows, whitening = one._rows, one.factor.whitening[one._rows, one._rows]
         weights = product(whitening.T, product(whitening, one._centred(rows)))
@@ -427,12 +427,12 @@ class Learner(AbstractSurrogate):
         return self.scale.deviation(self.factor.spread, variance)
 
     def with_kernel(self: L, kernel: Kernel, scale: DeviationScale | None = None) -> L:
-        """Return the same window with another kernel, and the scale of its deviations."""
+        """Return the learner with another kernel and scale of deviations, and the same window."""
         numbers = kernel, self.scale if scale is None else scale
         return eqx.tree_at(lambda one: (one.kernel, one.scale), self, numbers).refactorized()
 
     def refactorized(self: L) -> L:
-        """Return the same learner with its factor made again."""
+        """Return the same learner with its factor recomputed."""
         one, _ = self._in_place(())
         rows, whole = one._rows, np.zeros((one.capacity, one.capacity))
         noise = one.kernel.noise / np.maximum(one.window.counts.max(initial=1), 1)
@@ -447,14 +447,14 @@ class Learner(AbstractSurrogate):
         deviation = root_mean_square(window.residuals - centre, where=filled[:, None])
         parts = np.stack([deviation, root_mean_square(window.scatter, where=filled)])
         spread = np.sqrt(2.0).astype(parts.dtype) * root_mean_square(parts)
-        # Less than eight units in the last place of the largest answer is no difference of answers.
+        # A spread below eight units in the last place of the largest answer is rounding.
         size = np.max(np.abs(window.residuals), initial=0, where=filled[:, None])
         spread = np.where(spread > 8 * np.finfo(spread.dtype).eps * size, spread, 0)
         factor = Factor(whitening, jitter, centre, spread, np.asarray(replaced, np.int32))
         return eqx.tree_at(lambda one: one.factor, self, factor)
 
     def _in_place(self: L, tree: PyTree) -> tuple[L, PyTree]:
-        """Return the learner and arguments as JAX's arrays in a program, else as NumPy's."""
+        """Return learner and arguments as JAX arrays inside a transformation, else as NumPy's."""
         tree = native(tree)
         leaves = jax.tree.leaves((self, tree))
         if namespace(*leaves) is np:
@@ -473,20 +473,20 @@ class Learner(AbstractSurrogate):
 
     @property
     def _rows(self) -> slice:
-        """Return the window's rows up to the last pair; in programs, where it is unknown, all."""
+        """Return the window's rows up to the last pair; all rows inside a transformation."""
         if namespace(self.window.counts) is jnp:
             return slice(None)
         return slice(0, int(np.max(np.flatnonzero(self.filled), initial=-1)) + 1)
 
     def _centred(self, rows: slice) -> Float[Any, "rows m"]:
-        """Return the residuals less their mean; 0 where the window holds no pair."""
+        """Return the residuals minus their mean; 0 for empty rows."""
         xp, filled = namespace(self.window.counts), self.filled[rows, None]
         return xp.where(filled, self.window.residuals[rows] - self.factor.centre, 0)
 
     def _covariance(self, rows: slice) -> Float[Any, "rows rows"]:
-        """Return the covariances of the mean answers to inputs, without jitter.
+        """Return the covariances of the pairs' mean answers, without jitter.
 
-        Rows that hold no pair have none, and a variance of 1.
+        Empty rows have covariances of 0 and a variance of 1.
         """
         inputs, counts = self.window.inputs[rows], self.window.counts[rows]
         own = 1 + self.kernel.linear * np.sum(self.kernel.scaled(inputs) ** 2, axis=1)
@@ -497,7 +497,7 @@ class Learner(AbstractSurrogate):
     def _pairs(
         self, x: PyTree, y: PyTree
     ) -> tuple[Float[Any, "pairs features"], Float[Any, "pairs m"], Bool[Any, " pairs"]]:
-        """Return features and residuals, and which pairs are known; the others hold zeros."""
+        """Return features, residuals, and the mask of finite pairs; the others hold zeros."""
         check_like(self.form, join(y, 1)[1])
         pairs = length_of("y", y)
         if length_of("x", x) != pairs:
@@ -529,27 +529,27 @@ def learn_pairs(
     r: Float[Any, "pairs m"],
     known: Bool[Any, " pairs"],
 ) -> tuple[PairWindow, Int[Any, " capacity"], Bool[Any, " capacity"]]:
-    """Return the window with new pairs in place of the oldest.
+    """Return the window with new pairs added and, beyond its size, the oldest dropped.
 
-    A pair whose input has come again is as young as a new one.
+    A pair whose input occurs again counts as new.
 
     Returns:
-        The window; each row's place in the window before, with the new pairs after it; and which
-            rows are new, or have new answers.
+        The window; each row's index in the earlier window followed by the new pairs; and the mask
+            of rows that are new or have new answers.
     """
     size, number = len(window.counts), len(known)
 
-    # Which row of the window and the new pairs, in this order, stands for each new pair.
+    # For each new pair, the row with its input, of the window followed by the new pairs.
     old = kernel.same(z, window.inputs) & known[:, None] & (window.counts > 0)
     first = np.argmax(kernel.same(z, z) & known, axis=1) if number else np.zeros(0, int)
-    for _ in range(number.bit_length()):  # the same as the same is the same
+    for _ in range(number.bit_length()):  # makes `same` transitive
         first = first[first]
     merged = np.any(old, axis=1)[first]
     lead = np.where(merged, np.argmax(old, axis=1)[first], size + first)
     lead = np.where(known, lead, size + number)
 
     def summed(values: Any) -> Any:
-        """Return the sums over the new pairs that each row stands for."""
+        """Return for each row the sum over the new pairs that it represents."""
         rows = np.zeros((size + number + 1, *values.shape[1:]), values.dtype)
         np.add.at(rows, lead, values)
         return rows[:-1]
@@ -557,7 +557,7 @@ def learn_pairs(
     def after(rows: Any, new: Any) -> Any:
         return np.concatenate([rows, new.astype(rows.dtype)])
 
-    # Means are those of the earlier answers plus changes: equal answers change nothing.
+    # Means are the earlier means plus changes, so that equal answers change nothing.
     place = np.minimum(lead, size + number - 1)
     before = after(window.counts, np.zeros(number, int))
     added = summed(known.astype(before.dtype))
@@ -573,7 +573,7 @@ def learn_pairs(
     square = before * ((scatter / unit) ** 2 + (moved / unit) ** 2) + summed((apart / unit) ** 2)
     scatter = np.where(added > 0, unit * safe_sqrt(square / each), scatter)
 
-    # The rows that stay as they were, then those that are new or have new answers, then nothing.
+    # First the unchanged rows, then those that are new or have new answers, then empty ones.
     order = np.argsort(np.where(counts == 0, 2, np.where(added > 0, 1, 0)), stable=True)
     source = order[np.maximum(np.sum(counts > 0) - size, 0) + np.arange(size)]
     learned = PairWindow(

@@ -1,4 +1,4 @@
-"""Predictions of a few queries by a learner, at less than what its own take."""
+"""Faster predictions of a few queries by a learner, with approximate deviations."""
 
 from collections.abc import Callable
 
@@ -15,20 +15,20 @@ def nearest_predictions(
 ) -> Callable[[Shaped[np.ndarray, "queries ..."]], tuple[np.ndarray, np.ndarray]]:
     """Return a function of queries: a learner's means, and deviations given the nearest pair.
 
-    The means are the learner's, by weights that are solved for once. The variance is that given the
-    nearest pair of the window alone, where a straight line is known,
+    The means are the learner's, with weights that are computed once. The variance is that given
+    only the nearest pair of the window, as if the straight line were known,
 
         1 + noise - k^2 / (1 + noise),    k the kernel's shape at the nearest pair,
 
-    which takes one operation a pair, where the variance given all of them takes as many as there
-    are pairs. Whoever calibrates by it loses little: deviations are compared with each other.
+    which takes one operation a pair; the variance given all pairs takes as many operations a pair
+    as there are pairs. A calibration loses little by this, since it only compares deviations.
 
-    Every NumPy call on the window gives way to other threads, so they are few: z is the query's
-    scaled features, 1 and minus half of the square of their length, and one product with `pairs` is
-    minus half of the squares of the distances.
+    Each NumPy call on the window may switch to other threads, so there are few calls: z is the
+    query's scaled features, 1, and minus half of their squared length; one product with `pairs`
+    gives minus half of the squared distances.
 
     Args:
-        learner: A learner of inputs or of their projection, without a prior.
+        learner: A learner on inputs or their projection, without a prior.
     """
     kernel, features, filled = jax.device_get(learner.kernel), learner.features, learner.filled
     directions = 1 / (kernel.unit * kernel.widths[kernel.groups])
@@ -42,7 +42,7 @@ def nearest_predictions(
     weights = learner.mean_weights()[filled].astype(np.float32)
     centre = np.asarray(learner.factor.centre, np.float32)
     line = np.stack([*(kernel.linear * (pairs.T @ weights)), centre, np.zeros_like(centre)])
-    # The square of z's length has the 1 in it, too.
+    # The squared length of z includes its 1, hence the 0.5.
     constant = 0.5 - np.vecdot(pairs, pairs) / 2
     pairs = np.column_stack([pairs, constant, np.ones_like(constant)]).T.copy()
     noise, deviation_of = 1 + kernel.noise, jax.device_get(learner).deviation_of

@@ -1,14 +1,15 @@
-"""A cheap model g in addition to the code, which then carries only what g cannot predict.
+"""A cheap model g in addition to the code, which then decodes only what g cannot predict.
 
 With the answers y, coded data points c and decoder D, the prediction of data point k is
 
     theta g(x_k) + rho_k [D (y - theta g(c))]_k,    rho_k = 1 / (1 + kappa v_k),
 
-where v_k is the posterior variance that the answers leave there. If the residual has the variance
-s^2 at a data point by itself, and the decoded one is off by tau^2 v_k, this is the posterior mean
-for kappa = tau^2 / s^2. Where a prediction is an answer itself, v_k = 0 and it stays that answer;
-far from all answers it becomes g's. theta = kappa = 0 is the code alone, theta = 1 with an infinite
-kappa the surrogate alone (ParM's approximate backup, Kosaian et al. 2019, section 5.2).
+where v_k is the posterior variance at data point k, given the answers. If the residual y - g has
+the prior variance s^2 at a data point, and the decoded residual the error variance tau^2 v_k, this
+is the posterior mean for kappa = tau^2 / s^2. If a prediction is an answer itself, v_k = 0 and the
+answer is unchanged; far from all answers it becomes g's output. theta = kappa = 0 is the code
+alone, and theta = 1 with an infinite kappa the surrogate alone (ParM's approximate backup, Kosaian
+et al. 2019, section 5.2).
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,7 +41,7 @@ from .interface import (
 
 
 class Surrogate(AbstractSurrogate):
-    """A fixed cheap model, and how far it is trusted against a code; `fit_surrogate` makes one.
+    """A fixed cheap model, and its weights relative to a code; `fit_surrogate` finds these.
 
     Attributes:
         model: A function of a batch of data points, with the served model's outputs on their scale.
@@ -59,7 +60,7 @@ class Surrogate(AbstractSurrogate):
         theta: Float[ArrayLike, ""] = 1.0,
         kappa: Float[ArrayLike, ""] = 0.0,
     ):
-        """Make a surrogate.
+        """Create a surrogate.
 
         Raises:
             ValueError: The model is not callable, or a number is negative.
@@ -93,24 +94,24 @@ def decode_with_deviation(
     prior: AbstractGroupPrior | None = None,
     given: Matrices | None = None,
 ) -> Decoded:
-    """Decode groups with their deviations, with a surrogate or without.
+    """Decode groups, with deviations, and with or without a surrogate.
 
-    With one, a data point is recovered where its prediction is finite; without any answer it is the
-    surrogate's. Broken answers make stragglers, as in `AbstractCode.decode`.
+    With a surrogate, a data point is recovered if its prediction is finite; without any answer, the
+    prediction is the surrogate's. Workers whose answers are not finite count as stragglers, as in
+    `AbstractCode.decode`.
 
     Args:
         code: A code.
-        surrogate: A surrogate.
+        surrogate: A surrogate; None for the code alone.
         y: Answers as vectors.
-        available: Which workers answered.
-        prior: The surrogate's knowledge of these groups.
-        given: The code's matrices, where they are known.
+        available: The mask of the workers that answered.
+        prior: The surrogate's prior for these groups; None without a surrogate.
+        given: The code's matrices, if they are known.
 
     Returns:
-        Predictions as vectors. Where the surrogate has deviations of its own (a learner does), the
-            variance is the mean of the code's and its, weighted as the prediction is. Where it has
-            none, an infinite kappa says nothing of its quality, and the deviations are those of the
-            code alone.
+        Predictions as vectors. If the surrogate has deviations of its own (a learner), the variance
+            is the mean of the code's and the surrogate's, weighted like the prediction. Otherwise
+            it is the code's, shrunk like the prediction unless kappa is infinite.
     """
     if surrogate is None:
         decoded = decode_vectors(code, y, available, given)
@@ -121,32 +122,29 @@ def decode_with_deviation(
     residual = y - surrogate.theta * expected.coded
     decoded = decode_vectors(code, residual, available, given)
     variance, process = variances(code, residual, decoded.responded)
-    # Where no answer tells a data point there is no code to go by, whatever kappa says.
+    # Data points that the code cannot recover have only the surrogate's prediction.
     rho = jnp.where(decoded.recovered, _code_share(surrogate.kappa, variance), 0)
     predictions = _blend(surrogate.theta, rho, expected.own, decoded.predictions)
     recovered = jnp.isfinite(predictions).all(axis=-1)
     if expected.deviation is None:
         kappa = jnp.where(jnp.isinf(surrogate.kappa), 0, surrogate.kappa)
         known = variance == 0
-        # v / (1 + kappa v), written so that it has a value where v is infinite.
+        # v / (1 + kappa v), in a form that is finite for an infinite v.
         share = jnp.where(known, 0, 1 / (1 / jnp.where(known, 1, variance) + kappa))
         return Decoded(predictions, decoded.responded, recovered, deviation(share, process))
     own = expected.deviation
     by_code = jnp.sqrt(jnp.where(rho > 0, rho, 1)) * deviation(variance, process)
     by_own = jnp.sqrt(jnp.where(rho < 1, 1 - rho, 1)) * own
-    # Not a sum of squares, which outputs of 1e19 or 1e-23 would not survive in float32.
+    # Not a sum of squares, which would overflow or underflow float32 for outputs of 1e19 or 1e-23.
     spread = jnp.hypot(jnp.where(rho > 0, by_code, 0), jnp.where(rho < 1, by_own, 0))
-    # Without a pair or an answer to go by, a learner's output is no prediction.
+    # Without any pair or answer, a learner's output is not a prediction.
     recovered &= jnp.isfinite(spread)
     predictions = jnp.where(recovered[..., None], predictions, jnp.nan)
     return Decoded(predictions, decoded.responded, recovered, spread)
 
 
 def _code_share(kappa: Array, variance: Float[Array, "*points"]) -> Float[Array, "*points"]:
-    """Return rho = 1 / (1 + kappa v), where either may be infinite.
-
-    Nothing shrinks what is known, and nothing is shrunk without a kappa.
-    """
+    """Return rho = 1 / (1 + kappa v), where kappa or v may be infinite; 1 if either is 0."""
     known, summary = variance == 0, jnp.isfinite(variance)
     far = jnp.where(kappa > 0, jnp.inf, 0)
     shrinkage = jnp.where(summary, kappa * jnp.where(summary & ~known, variance, 1), far)
@@ -156,7 +154,7 @@ def _code_share(kappa: Array, variance: Float[Array, "*points"]) -> Float[Array,
 def _blend(
     theta: Array, rho: Array, cheap: Array, residual: Array
 ) -> Float[Array, "groups num_data m"]:
-    """Return theta g + rho D (y - theta g), where a decoded residual that is NaN counts as 0."""
+    """Return theta g + rho D (y - theta g); decoded residuals that are not finite count as 0."""
     return theta * cheap + rho[..., None] * jnp.where(jnp.isfinite(residual), residual, 0)
 
 
@@ -172,11 +170,11 @@ def fit_surrogate(
     criterion: Literal["disagreement", "mse"] = "disagreement",
     batch_size: int = 256,
 ) -> Any:
-    """Return the surrogate with the theta and kappa that do best on unlabelled data points.
+    """Return the surrogate with the theta and kappa that are best on unlabelled data points.
 
-    Theta and kappa are searched on a grid through the nested objective: all groups meet the
-    straggler sets of all laws. The code alone and the surrogate alone are on the grid, so neither
-    is better on these data than what is found.
+    Theta and kappa are searched on a grid; all groups are decoded under the straggler sets of all
+    laws. The code alone and the surrogate alone are on the grid, so neither is better on these data
+    than the result.
 
     Args:
         model: The served model, a function of a batch.
@@ -184,19 +182,19 @@ def fit_surrogate(
             is returned. A learner must not have learned from `x`.
         code: A regression code.
         x: Data points, in the order in which they are cut into groups of K.
-        stragglers: Named laws that straggler sets are drawn from.
-        key: Random key of the draws.
-        num_sets: Straggler sets for each law.
+        stragglers: Named laws from which straggler sets are drawn.
+        key: The random key of the draws.
+        num_sets: The number of straggler sets for each law.
         criterion: "mse", the mean squared error; or "disagreement", the share of labels that differ
-            from the model's own, and the mean squared error among equals.
+            from the model's own, with ties broken by the mean squared error.
         batch_size: The most data points in a call of a model.
 
     Returns:
         A `Surrogate` for a cheap model; for a learner the same learner with these numbers.
 
     Raises:
-        ValueError: The data are not what `evaluate` accepts, the code is no regression, there are
-            no stragglers, or a surrogate's outputs are not like the model's.
+        ValueError: `evaluate` would not accept the data, the code is not a regression, there are no
+            stragglers, or a surrogate's outputs differ in form from the model's.
     """
     if criterion not in ("disagreement", "mse"):
         raise ValueError(f"criterion must be 'disagreement' or 'mse', not {criterion!r}")
@@ -207,7 +205,7 @@ def fit_surrogate(
         for each in (cheap_model if several else [cheap_model])
     ]
     own = record_answers(model, code, x, batch_size=batch_size)
-    # Kappa goes by the reciprocal of a typical variance: the mean of the sets' largest finite ones.
+    # Kappa is in units of 1 over a typical variance, the mean of the sets' largest finite ones.
     variance = np.asarray(jax.jit(jax.vmap(code.posterior_variance))(masks))
     typical = float(np.mean(np.max(np.where(np.isfinite(variance), variance, 0), axis=1))) or 1.0
     kappas = np.concatenate([[0.0], np.logspace(-3, 4, 22), [np.inf]]) / typical

@@ -5,11 +5,11 @@ The error at a pair that is left out, and its variance, have a closed form (Rasm
 
     y_i - mean_i = (A^-1 (r - c))_i / (A^-1)_ii,     variance_i = 1 / (A^-1)_ii,
 
-so one factor judges a kernel on all pairs. Where y_i is the mean of n_i answers to one input, the
-variance of a single answer is larger by noise (1 - 1 / n_i), and its square error by that of the
-answers about their mean. A grid of widths and noises for each shape comes first, then gradient
-descent from its best, by derivatives in closed form. All of it is NumPy's and LAPACK's: a
-hundred pairs take less time than the compilation of any program.
+so one factor tests a kernel on all pairs. If y_i is the mean of n_i answers to one input, the
+variance of a single answer is larger by noise (1 - 1 / n_i), and its squared error by that of the
+answers about their mean. First a grid of widths and noises is searched for each shape, then
+gradient descent starts from its best point, with derivatives in closed form. All of this uses NumPy
+and LAPACK: a hundred pairs take less time than any compilation.
 """
 
 import dataclasses
@@ -48,15 +48,17 @@ class LearnerTuning:
 
     Attributes:
         shapes: The kernels to choose from.
-        widths: "one" width for all features, "each" its own, or for each feature the group whose
-            width it shares. Features that share one have their own spreads as units, or all the
-            same unit, whichever is better. "auto" is "each" for at most 32 features, else "one".
-        steps: Steps of gradient descent from the best of the grid; 0 leaves it at that.
-        rows: The most pairs, evenly from the window, that a kernel is judged on. The time grows
+        widths: "one" width for all features, "each" a width of its own, or for each feature the
+            number of its width's group. Features in a group have their own spreads as units, or all
+            the same unit, whichever is better. "auto" is "each" for at most 32 features, else
+            "one".
+        steps: Steps of gradient descent from the best point of the grid; 0 for none.
+        rows: The most pairs on which a kernel is tested, evenly from the window. The time grows
             with their cube.
 
     Raises:
-        ValueError: A shape, or the name of widths is unknown, or there are fewer than three rows.
+        ValueError: A shape or the name of widths is unknown, `steps` is negative, or `rows` is
+            below three.
     """
 
     shapes: Sequence[Shape] = ("squared_exponential", "matern52")
@@ -95,7 +97,7 @@ def fit_learner(
     kernel: Kernel | Shape = "matern52",
     tuning: LearnerTuning | None = LearnerTuning(),
 ) -> Learner:
-    """Make a learner of pairs, with its kernel tuned on them (`tune_learner`).
+    """Fit a learner to pairs, with its kernel tuned on them (`tune_learner`).
 
     >>> import jax.numpy as jnp
     >>> from nercc_jax.surrogates import fit_learner
@@ -106,27 +108,25 @@ def fit_learner(
     True
 
     Args:
-        x: Inputs. There may be none (`x[:0]`) where nothing is tuned; then they give the shapes.
+        x: Inputs. Without tuning there may be none (`x[:0]`), and then they only give the shapes.
         y: Answers. Pairs that are not finite are left out.
-        capacity: The most pairs that the learner holds; then the oldest are replaced.
-        features: A function of a batch, which JAX can trace, that returns what inputs are compared
-            by. Default: their floats.
-        prior: A function of a batch, which JAX can trace, that returns the mean before any answer.
-            Default: none.
-        kernel: A kernel to start from, or a shape. By shape, it is centred on the pairs, its units
-            are the features' spreads, and its one width is the square root of their number.
-        tuning: How the kernel is tuned; None leaves it as it is.
+        capacity: The most pairs that the learner holds; after that, the oldest are replaced.
+        features: A function of a batch, which JAX can trace, that returns the features by which
+            inputs are compared (default: their floats).
+        prior: A function of a batch, which JAX can trace, that returns the prior mean (default: 0).
+        kernel: A kernel to start from, or a shape, for which `first_kernel` is the start.
+        tuning: The settings of the tuning; None leaves the kernel unchanged.
 
     Raises:
-        ValueError: The capacity is no positive integer, x and y have different lengths, outputs are
-            no floats, the prior has other outputs, or the kernel is for other features; and as
-            `tune_learner`.
+        ValueError: The capacity is not a positive integer, x and y have different lengths, outputs
+            are not floats, the prior has other outputs, or the kernel is for other features; and as
+            `tune_learner` does.
     """
     x, y = jax.tree.map(np.asarray, native((x, y)))
     own = lambda leaf: leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype))  # noqa: E731
     x, y = jax.tree.map(own, (x, y))
     check_floats("y", y)
-    # There may be no pair.
+    # A pair of zeros gives the shapes, since there may be no pairs.
     blank = jax.tree.map(lambda leaf: np.zeros((1, *leaf.shape[1:]), leaf.dtype), (x, y))
     form, pairs = join(blank[1], 1)[1], length_of("y", y)
     z = features_of(features, x if pairs else blank[0])[:pairs]
@@ -137,11 +137,11 @@ def fit_learner(
 
 
 def tune_learner(learner: Learner, tuning: LearnerTuning = LearnerTuning()) -> Learner:
-    """Return the same learner with the kernel that has the best predictive density on its window.
+    """Return the learner with the kernel that has the best predictive density on its window.
 
-    Each pair is predicted by the others. The grid's widths are relative to those of the learner's
-    kernel. Its `scale` becomes the one with which squared errors are, in the mean, what deviations
-    say (`DeviationScale`). The choice is made on the host, so this does not run inside jit.
+    Each pair is predicted from the others. The grid's widths are relative to those of the learner's
+    kernel. Its `scale` is fitted so that squared errors equal squared deviations in the mean
+    (`DeviationScale`). The choice is made on the host, so this does not run inside `jax.jit`.
 
     Raises:
         ValueError: The widths do not fit the features, or there are fewer than three pairs.
@@ -160,14 +160,14 @@ def tune_learner(learner: Learner, tuning: LearnerTuning = LearnerTuning()) -> L
     if outputs > number:
         centred = np.asarray(np.linalg.qr(centred.T, mode="r")).T
     known = _Pairs(centred / unit, outputs, (scatter / unit) ** 2, window.counts[rows])
-    # With less noise, a unit in the last place for each row, which rounding of the covariances may
-    # add up to, predictions of a function that is known almost to rounding would be rounding.
+    # The least noise is the sum of the covariances' rounding errors, one unit in the last place for
+    # each row. With less, predictions of a nearly exactly known function would be rounding errors.
     least_noise = float(learner.capacity * np.finfo(kernel.noise.dtype).eps)
 
     sizes = np.maximum(np.bincount(groups), 1)
-    # By the spread of each, a pixel at the edge that hardly ever varies counts as much as one in
-    # the middle (64 pixels of digits, 138 pairs: error by spread .37, .30 with one unit for all
-    # features that share a width); numbers of different kinds need it. Both are tried.
+    # In units of its own spread, a pixel at the edge that hardly varies counts as much as one in
+    # the middle (64 pixels of digits, 138 pairs: error over spread .37, but .30 with one unit for
+    # all features that share a width); features of different kinds need such units. Both are tried.
     unit = kernel.unit.astype(np.float64)
     units = [unit, np.sqrt(np.bincount(groups, unit**2) / sizes)[groups]]
     widths = np.log(kernel.widths.astype(np.float64))[kernel.groups]
@@ -187,7 +187,7 @@ def tune_learner(learner: Learner, tuning: LearnerTuning = LearnerTuning()) -> L
     _, kernel, squares, variance = min(found, key=lambda each: each[0])
     lengths = np.mean(np.sum(kernel.scaled(inputs) ** 2, axis=1))
     typical = float(1 + kernel.linear * lengths + kernel.noise)
-    # The exponent by halving: the mean ratio grows with it.
+    # The exponent by bisection: the mean ratio grows with it.
     ratios, rest = squares / variance * typical, np.minimum(variance / typical, 1)
     exponent, most = 0.0, 8.0 if 0 < np.mean(ratios) < 1 else 0.0
     while most - exponent > 1e-3:
@@ -202,11 +202,11 @@ def tune_learner(learner: Learner, tuning: LearnerTuning = LearnerTuning()) -> L
 
 
 class _Pairs(NamedTuple):
-    """Pairs to compare kernels on, in float64.
+    """Pairs on which kernels are compared, in float64.
 
-    `residuals` are mean answers less the prior and less their mean, in units of their spread; of
-    more `outputs` than pairs, a square root of their products. `squares` are mean square distances
-    of the answers to an input from their mean.
+    `residuals` are mean answers minus the prior and minus their mean, in units of their spread; for
+    more `outputs` than pairs, a square root of their inner products. `squares` are mean squared
+    distances of the answers to an input from their mean.
     """
 
     residuals: Float[np.ndarray, "rows mixed"]
@@ -224,11 +224,11 @@ def _left_out_loss(
     free: Float[np.ndarray, " free"],
     slope: bool = True,
 ) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
-    """Return the loss of leaving pairs out, its slopes, and pairs' square errors and variances.
+    """Return the leave-one-out loss, its gradient, and the pairs' squared errors and variances.
 
-    It is minus the log predictive density but for constants, with the best process variance, and
-    infinite where there is none. The free numbers are logarithms of widths, noise and line. Errors
-    are in units of the residuals' spread, variances in those of the process.
+    The loss is minus the log predictive density up to constants, with the best process variance;
+    infinite if there is none. The `free` numbers are the logarithms of widths, noise and `linear`.
+    Errors are in units of the residuals' spread, variances in units of the process's.
     """
     rows = len(inputs)
     z = inputs / np.exp(free[:-2])[groups]
@@ -247,7 +247,7 @@ def _left_out_loss(
     if not (np.isfinite(precision).all() and (precision > 0).all()):
         return none
 
-    # Predictions less mean answers, and squares and variances of the errors of single answers.
+    # Predictions minus mean answers, and squares and variances of the errors of single answers.
     weights = inverse @ known.residuals
     errors = -weights / precision[:, None]
     squares = np.sum(errors**2, axis=1) / known.outputs + known.squares
@@ -255,9 +255,9 @@ def _left_out_loss(
     ratios = squares / variance
     total = max(float(ratios.sum()), np.finfo(float).tiny)
     value = math.log(total / rows) + float(np.mean(np.log(variance)))
-    # How unlike logarithms of widths are has a price by pair, as if their deviation were expected
-    # to be 0.7: features that tell nothing by themselves are not set apart by chance (diabetes, ten
-    # features, 100 pairs: error by spread .52 with a width each and no price, .48 with one width).
+    # Differences of logarithms of widths are penalised, like a prior deviation of 0.7, so that
+    # uninformative features do not get different widths by chance (diabetes, ten features, 100
+    # pairs: error over spread .52 with a width each and no penalty, .48 with one width).
     unlike, price = free[:-2] - free[:-2].mean(), 1 / rows
     value += price * float(unlike @ unlike)
     if not np.isfinite(value):
@@ -298,9 +298,9 @@ def _descend(
 
     (The import of SciPy's optimizers takes longer than a first fit.)
     """
-    grid = [first]  # as it is, too: what was tuned before is not lost
-    # From a width of 0.25 a descent does not reach that of an output that swings often in an input:
-    # by 180 pairs of sin(x^2) up to x = 10, errors were 0.45, and are 0.0001.
+    grid = [first]  # included unchanged, so that an earlier tuning is not lost
+    # From a width of 0.25, descent does not reach the small widths of outputs that oscillate: on
+    # 180 pairs of sin(x^2) up to x = 10, errors were 0.45 without 0.06 and 0.12, and are 0.0001.
     for width in (0.06, 0.12, 0.25, 0.5, 1.0, 2.0, 4.0):
         for noise in (1e-6, 1e-4, 1e-2):
             grid.append(first.copy())

@@ -1,5 +1,5 @@
-"""Adaptation next to the scheduler: calibration, surrogates, and the choice of settings.
+"""Adaptation of a batcher to its traffic: calibration, surrogates, and the choice of settings.
 
-It takes the scheduler's observations, works on threads of its own, and hands over immutable
-results (`core/_setup.py` has their types).
+It takes the batcher's observations, works on a thread of its own, and hands over immutable
+results.
 """

@@ -1,6 +1,6 @@
-"""Scores of decoded answers: how wrong a query may be that is decoded from the others' answers.
+"""Scores of decoded answers: how wrong a query may be that is decoded from other queries' answers.
 
-A calibration on unlabelled data points gives them before anything is served.
+They are calibrated on unlabelled data points before the model is served.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from ...risk._error_bars import fit_error_scale
 from ...risk._error_probability import fit_error_probability
 from ..core._coder import Coder, Score
 
-_MARGIN = 1  # the feature that is a label's; values have none
+_MARGIN = 1  # the index of the feature of the labels' margin, which values do not have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +31,9 @@ class DecodingScores:
     """The scores of decoded queries by the number of queries in their group; immutable.
 
     Attributes:
-        accuracy: The promise that they were calibrated for.
-        calibrated: The scores; empty where there is no calibration.
-        conditions: The conditions of the calibration.
+        accuracy: The accuracy for which they were calibrated.
+        calibrated: The scores, by number of queries; empty without a calibration.
+        conditions: The precision and platform of the calibration.
     """
 
     accuracy: Accuracy
@@ -41,7 +41,7 @@ class DecodingScores:
     conditions: str = ""
 
     def limit(self, queries: int) -> float:
-        """Return the largest score within the calibration's limit; negative where there is none."""
+        """Return the largest score at which an answer is accurate enough; negative without one."""
         score, accuracy = self.calibrated.get(queries), self.accuracy
         if score is None:
             return -1.0
@@ -66,22 +66,22 @@ def calibrate_decoding(
 ) -> DecodingScores:
     """Run the model on unlabelled data points, coded and uncoded, and calibrate decoding on them.
 
-    Groups have every number of queries. In each draw the workers of one query straggle, and any
-    number of the others up to the redundancy. A group is looked at before the last two answers
-    come, before the last one, and with all: a query is given out at the first look at which its
-    score is small enough.
+    Groups of 2 to K queries are calibrated separately. In each draw the workers of one query
+    straggle, and any number of other workers up to the redundancy. A group is decoded three times:
+    without the last two answers, without the last one, and with all. This simulates serving, where
+    a query is returned as soon as its score is small enough.
 
     Args:
         coder: The code.
-        model: The served model, or one for each worker, the served one first. It computes in the
-            pool's dtype, because a query's own answer is a worker's, too.
-        x: Data points.
-        accuracy: The promise.
-        worker_dtype: The dtype that the workers compute in.
-        draws: Straggler sets.
-        most: Groups of a size, at most; of smaller ones than K half as many.
-        least: Groups that a calibration needs.
-        places: Lost queries that count in each draw.
+        model: The served model; or all models of the code (`AbstractCode.worker_models`), the
+            served one first. It is cast to `worker_dtype`, in which workers compute exact answers.
+        x: Unlabelled data points, (points, ...).
+        accuracy: The accuracy that answers must have.
+        worker_dtype: The dtype in which the workers compute.
+        draws: The number of straggler sets.
+        most: The most groups of K queries; of smaller groups, half as many.
+        least: The fewest groups for a calibration. Sizes with fewer groups have no scores.
+        places: The most lost queries that count in each draw.
 
     Raises:
         ValueError: x fills no group, is not floating point, or not finite.
@@ -114,9 +114,9 @@ def calibrate_decoding(
         random, seen, owners = np.random.default_rng(queries), [], []
         sent = np.concatenate([*coder.first[:queries], layout.extras]).astype(int)
         for draw in range(draws):
-            # Queries and numbers of stragglers are spread evenly over the draws, so that few sets
-            # represent all: Roberts' sequence, whose points fill the square evenly (1/p and 1/p^2
-            # of the root of p^3 = p + 1).
+            # The straggling query and the number of stragglers are spread evenly over the draws by
+            # Roberts' sequence, whose points fill the unit square evenly (its steps are 1/p and
+            # 1/p^2, with p^3 = p + 1), so that few sets represent all.
             first, second = np.modf(
                 (draw + 1) * np.array([0.7548776662466927, 0.5698402909980532])
             )[0]

@@ -1,13 +1,13 @@
-"""Predicted answers: a surrogate's, where it is certain enough about a straggler's query.
+"""Predicted answers: a surrogate answers stragglers' queries where it is certain enough.
 
-Every own answer of the model first tests the surrogate, then trains it. A batch of them is a
-validation batch: what the surrogate says of those queries, against what the model said. The latest
-validation batches give an error probability and the limit below which no more labels are wrong than
-allowed, or, for functions, error bounds. Then a learner learns from the batch.
+Each of the model's own answers first tests the surrogate, then trains it. A batch of them is a
+validation batch, which compares the surrogate's answers with the model's. From the latest
+validation batches follow an error probability, and the limit below which no more labels are wrong
+than allowed; or, for values, error bounds. Then a learner is updated with the batch.
 
-Validation goes on while answers are given out. If more of those that are certain enough are wrong
-than promised, by a test that is valid at every time (`RiskMonitor`), the traffic or the model has
-changed, and everything that was calibrated is discarded.
+Validation continues while answers are given out. If more of the answers that are certain enough are
+wrong than promised, by a test that is valid at every time (`RiskMonitor`), the traffic or the model
+has changed, and the calibration is discarded.
 """
 
 import collections
@@ -51,19 +51,19 @@ from ..core._setup import Setup
 
 _LOG = logging.getLogger(__name__)
 
-_WAITING = 512  # answers that wait to be learned from; later ones replace the earliest
-# The share of the time that learning may take, since programs of JAX keep all cores of a CPU busy,
-# at first and where it has settled, and the longest pause that follows from it, in seconds.
+_WAITING = 512  # answers in the queue for learning; later ones replace the earliest
+# The share of the time that learning may take, at first and after `_SETTLED` validation answers,
+# and the longest pause for this, in seconds: JAX programs keep all cores of a CPU busy.
 _SHARE, _LATER, _LONGEST = 0.05, 0.01, 1.0
-# Answers that a learner takes at once, and that it starts from; it keeps four times as many.
+# Answers in a batch, and answers to which a learner is first fitted; it keeps 4 * FIRST pairs.
 BATCH, FIRST = 32, 256
 _SETTLED = 1024  # validation answers after which little is left to learn
-# Validation answers that calibration looks at, at most and at least, and the share by which their
-# number grows until the next calibration.
+# The most and the fewest validation answers of a calibration, and the share by which their number
+# grows until the next calibration.
 _VALIDATION, LEAST, _MORE = 2048, 128, 0.25
-_FEATURES = 64  # principal components, where queries have more numbers
+_FEATURES = 64  # principal components, if queries have more numbers than that
 
-# Returns the answers to queries as vectors, and their deviations, 1 where there are none.
+# Returns the answers to queries as vectors, and their deviations, 1 for surrogates without any.
 HostOutputs: TypeAlias = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
@@ -76,14 +76,14 @@ def outputs_on_host(
 ) -> HostOutputs:
     """Return a function that returns a surrogate's outputs on the host.
 
-    A learner that predicts by NumPy does so. Of others a program is compiled for each of some
-    numbers of queries, which are filled up to the next.
+    A learner without a prior, on plain or projected inputs, predicts with NumPy. Any other
+    surrogate is compiled for each batch size in `sizes`, and batches are padded to the next size.
 
     Args:
         surrogate: The surrogate.
-        sizes: These numbers, in ascending order.
+        sizes: The batch sizes, in ascending order.
         nearest: Whether a learner on the host predicts from few pairs (`nearest_predictions`).
-        most_outputs: The most outputs for that: it solves for each of them at every update.
+        most_outputs: The most outputs for `nearest`, which solves for each of them at every update.
     """
     own = surrogate if isinstance(surrogate, Learner) else None
     if own is not None and own.prior is None and isinstance(own.features, Projection | None):
@@ -115,10 +115,10 @@ def _outputs(surrogate: AbstractSurrogate, x: Shaped[Any, "queries ..."]) -> tup
 
 
 class ValidationBatch(NamedTuple):
-    """A surrogate's answers to some queries, compared with the model's own, which may be large.
+    """A surrogate's answers to some queries, compared with the model's own.
 
-    `mean` and `spread` are the answers that the check expects, and `own` the model's; empty where
-    they are not checked.
+    `mean` and `spread` are the answers that the check expects, with deviations, and `own` the
+    model's answers; all three are empty if answers are not checked.
     """
 
     features: Float[np.ndarray, "queries features"]
@@ -132,15 +132,15 @@ class ValidationBatch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """The calibration of a surrogate; immutable, so that one thread may make it for others.
+    """The calibration of a surrogate; immutable, so that threads may share it.
 
     Attributes:
-        error_probability: the probability of a wrong label; None where labels do not matter.
-        factor: what deviations are multiplied by to get error bounds.
+        error_probability: the probability of a wrong label; None for outputs without labels.
+        factor: the factor by which deviations are multiplied to get error bounds.
         limit: the largest probability of a wrong label with which an answer is given out.
         tolerance: the largest error bound with which an answer is given out.
-        share: the share of queries that are certain enough, by validation.
-        check: the check of the model's own answers; None where they are not checked.
+        share: the share of validation queries that are certain enough.
+        check: the check of the model's own answers; None if they are not checked.
     """
 
     error_probability: ErrorProbability | None
@@ -153,13 +153,13 @@ class Calibration:
     def assess(
         self, values: Float[np.ndarray, "queries m"], deviation: Float[np.ndarray, " queries"]
     ) -> Decoded:
-        """Return the surrogate's answers with what calibration says of them.
+        """Return the surrogate's answers with calibrated error probabilities and bounds.
 
-        `recovered` are those that may be given out. The error probability is that of another label,
-        NaN where labels do not matter; the deviation is the error bound, in units of the outputs,
-        which covers the error of a share `coverage` of the answers.
+        `recovered` is the mask of answers that are certain enough. `error_probability` is the
+        probability of a wrong label, NaN for outputs without labels. `deviation` is the error
+        bound, in units of the outputs, which covers the error of a share `coverage` of the answers.
         """
-        # Infinite where a deviation is, whatever the factor.
+        # The bound is infinite wherever the deviation is, even if the factor is 0.
         finite = np.isfinite(deviation)
         bound = np.where(finite, self.factor * np.where(finite, deviation, 0), np.inf)
         probability = np.full(len(values), np.nan)
@@ -173,11 +173,11 @@ class Calibration:
 def calibrate(
     batches: Sequence[ValidationBatch], policy: BatchingPolicy, form: Form | None
 ) -> Calibration:
-    """Return the calibration that these validation batches give, for the policy's promise."""
+    """Return the calibration on these validation batches, for the policy's accuracy."""
     parts = map(np.concatenate, zip(*batches, strict=True))
     features, deviation, error, wrong, mean, spread, own = parts
     accuracy, tolerance = policy.accuracy, policy.tolerance
-    # It has to be right for those that are given out, not for all.
+    # The factor must be right for the answers that are given out, not for all.
     factor = bar_factor(deviation[:, None], error[:, None], accuracy, len(error))
     error_probability, limit, share, check = None, 1.0, 1.0, None
     if accuracy.max_disagreement is not None:
@@ -198,16 +198,16 @@ def calibrate(
 
 @dataclasses.dataclass
 class _Learning:
-    """The learning thread's own state; a new one begins after each drift.
+    """The learning thread's own state, replaced after each drift.
 
     Attributes:
         drifts: The number of drifts before it.
-        time: When it may go on.
-        monitor: The test of what would be given out.
-        first: Pairs that a learner is made of.
+        time: The limit on the share of the time that learning takes.
+        monitor: The drift test on the answers that are certain enough.
+        first: The pairs for the first fit of a learner.
         validation: The latest validation batches.
-        count: The number of validation answers.
-        due: Their number at the next calibration.
+        count: The number of validation answers so far.
+        due: The number of validation answers at which the next calibration is due.
     """
 
     drifts: int
@@ -224,12 +224,12 @@ class _Learning:
 class Predictor:
     """A surrogate that answers stragglers' queries, and learns from the model's own answers.
 
-    Given to a `CodedBatcher`, it answers queries whose own worker straggles, as soon as that is
-    noticed, wherever it is certain enough for the policy's `max_disagreement` or `tolerance`. It
-    answers nothing until it is calibrated, which takes 384 answers, or 128 for a surrogate that
-    does not learn, and has shown that it is right about stragglers' queries, which may be harder
-    than others (14 of them for a `max_disagreement` of 0.1, 28 for 0.05, 138 for 0.01). It learns
-    beside the batcher, in a twentieth of the time at most, later in a hundredth.
+    In a `CodedBatcher` it answers queries whose own worker straggles, as soon as that is noticed,
+    if it is certain enough for the policy's `max_disagreement` or `tolerance`. It answers no query
+    before two conditions are met. It must be calibrated, which takes 384 answers, or 128 for a
+    surrogate that does not learn. And it must have been right about stragglers' queries, which may
+    be harder than others (14 of them for a `max_disagreement` of 0.1, 28 for 0.05, 138 for 0.01).
+    Learning takes at most a twentieth of the time, later a hundredth.
 
     Example:
         >>> import numpy as np
@@ -251,13 +251,12 @@ class Predictor:
         """Create a predictor for one batcher.
 
         Args:
-            surrogate: a cheap model with the served model's outputs (a student), or a learner; by
-                default a learner that is made from the first 256 answers and keeps the latest
-                1,024, whose features are the queries' numbers, or 64 principal components where
-                there are more.
+            surrogate: a cheap model with the served model's outputs (a student), or a learner
+                (default: a learner fitted to the first 256 answers, which keeps the latest 1,024;
+                its features are the queries' numbers, or 64 principal components of more).
 
         Raises:
-            ValueError: for a surrogate that is not callable.
+            ValueError: if the surrogate is not callable.
         """
         if surrogate is not None and not isinstance(surrogate, AbstractSurrogate):
             surrogate = Surrogate(surrogate)
@@ -266,7 +265,7 @@ class Predictor:
             maxlen=_WAITING
         )
         self._setup: Setup | None = None  # until it is attached
-        # The calibration, replaced as a whole by the learning thread; after a drift there is none.
+        # The calibration, replaced as a whole by the learning thread; None after a drift.
         self._calibrated: Calibration | None = None
         self._drifts = 0
 
@@ -274,7 +273,7 @@ class Predictor:
         """Attach the predictor to its batcher, whose learning thread calls `turn` after a `wake`.
 
         Raises:
-            ValueError: where it has a batcher already, or nothing says what may be given out.
+            ValueError: if it has a batcher already, or the policy promises no accuracy.
         """
         policy = setup.policy
         if self._setup is not None:
@@ -290,26 +289,26 @@ class Predictor:
         time = TimeShare(setup.clock, _SHARE, longest=_LONGEST)
         self._learning = _Learning(0, time, RiskMonitor(policy.accuracy.promised))
         self._risk = Risk(policy.accuracy, needs_evidence=True)
-        self._followed = 0  # the drifts of calibration that the risk knows
+        self._followed = 0  # the number of drifts after which `_risk` was restarted
 
     @property
     def state(self) -> Literal["learning", "answering", "drifted"]:
-        """The state: it answers, it still learns, or drift has reset it."""
+        """The state: "answering" if calibrated, else "drifted" after a drift, or "learning"."""
         if self._calibrated is not None:
             return "answering"
         return "drifted" if self._drifts else "learning"
 
     @property
     def share(self) -> float:
-        """The share of stragglers' queries that it would answer."""
+        """The estimated share of stragglers' queries that it answers; 0 until it is calibrated."""
         calibrated = self._calibrated
         return 0.0 if calibrated is None else min(calibrated.share, self._risk.share)
 
     @property
     def risk(self) -> Risk:
-        """The evidence of stragglers on predictions, for the deciding thread.
+        """The evidence from stragglers on the risk of predictions, for the deciding thread only.
 
-        Where calibration began again, the evidence does, too.
+        It is restarted after each drift.
         """
         if self._drifts != self._followed:
             self._followed = self._drifts
@@ -327,38 +326,38 @@ class Predictor:
         }
 
     def predict(self, x: Shaped[np.ndarray, "queries ..."]) -> Decoded | None:
-        """Return its answers to some queries; None while it is not calibrated."""
+        """Return the surrogate's answers to some queries; None until it is calibrated."""
         calibrated = self._calibrated
         return None if calibrated is None else calibrated.assess(*self._outputs(x))
 
     @property
     def checks_answers(self) -> bool:
-        """True once `suspicious` knows enough to find wrong answers."""
+        """True once the check that `suspicious` uses is calibrated."""
         return self._calibrated is not None and self._calibrated.check is not None
 
     def suspicious(
         self, x: Shaped[np.ndarray, "queries ..."], own: Shaped[np.ndarray, "queries ..."]
     ) -> Bool[np.ndarray, " queries"]:
-        """Return which of the model's own answers look wrong; none while it is not calibrated."""
+        """Return the mask of own answers of the model that look wrong; none until calibrated."""
         calibrated = self._calibrated
         if calibrated is None or calibrated.check is None:
             return np.zeros(len(x), bool)
         return calibrated.check.suspicious(*self._expected(x), own.reshape(len(own), -1))
 
     def add_answer(self, x: Shaped[np.ndarray, "..."], own: np.ndarray) -> None:
-        """Take the model's own answer to a query, and return at once."""
+        """Queue the model's own answer to a query for learning, and return at once."""
         self._inbox.append((x, own.ravel()))
-        if len(self._inbox) == BATCH:  # once: a turn that has to wait comes back by itself
+        if len(self._inbox) == BATCH:  # only once: a turn that must pause is repeated by itself
             self._wake()
 
     def discard(self) -> None:
-        """Give nothing out until the surrogate is calibrated again: too many were wrong."""
+        """Discard the calibration after a drift; no query is answered until there is a new one."""
         self._calibrated = None
         self._drifts += 1
         self._wake()
 
     def turn(self) -> float:
-        """Learn from what has come, and return when to be called again; on a thread of its own."""
+        """Learn from the queued answers, on the learning thread; return the next turn's time."""
         assert self._setup is not None
         time = self._learning.time
         while len(self._inbox) >= BATCH:
@@ -374,9 +373,9 @@ class Predictor:
         return math.inf
 
     def learn(self, x: Shaped[np.ndarray, "pairs ..."], own: Float[np.ndarray, "pairs m"]) -> None:
-        """Validate, calibrate and train the surrogate; of the first pairs, make a learner."""
+        """Validate, calibrate and train the surrogate; fit a learner to the first pairs."""
         if self._learning.drifts != self._drifts:
-            self._calibrated = None  # if it was made meanwhile
+            self._calibrated = None  # it may have been set at the same time as the drift
             monitor = RiskMonitor(self._learning.monitor.promised)
             self._learning = _Learning(self._drifts, self._learning.time, monitor)
         if self._surrogate is not None:
@@ -393,10 +392,10 @@ class Predictor:
                 x, own, features=features, capacity=4 * FIRST, kernel="squared_exponential",
                 tuning=None,
             )  # fmt: skip
-            # A width for each feature is found by descent. With one for all, 31 and 0 % of the
-            # answers of an elliptic equation, with 10 parameters, were within a tenth of their
-            # spread, and now 99 %. Where all have one anyway, it is from a grid: on LeNet5's
-            # answers descent finds nothing better (93.1 % of labels from 1,024 of them either way).
+            # A kernel width for each feature is tuned by descent. With one width for all, 31 and
+            # 0 % of the answers of an elliptic equation with 10 parameters were within a tenth of
+            # their spread; now 99 % are. If there is one width anyway, a grid suffices: on LeNet5's
+            # answers descent is no better (93.1 % of labels from 1,024 of them either way).
             tuning = LearnerTuning(rows=FIRST)
             groups = tuning.groups(learner.kernel)
             if len(groups) > 1 and not groups.any():
@@ -405,7 +404,7 @@ class Predictor:
             self._use(tune_learner(learner, tuning))
 
     def _use(self, surrogate: AbstractSurrogate) -> None:
-        """Go by this surrogate from now on, with the calibration that there is."""
+        """Use this surrogate from now on, with the present calibration."""
         assert self._setup is not None
         policy, self._surrogate = self._setup.policy, surrogate
         if policy.check_answers is not None:
@@ -413,7 +412,7 @@ class Predictor:
         self._outputs = outputs_on_host(surrogate, sorted({policy.max_batch_size, BATCH}))
 
     def _validate(self, x: np.ndarray, own: np.ndarray) -> None:
-        """Compare the surrogate's answers with the model's own, and calibrate now and then."""
+        """Compare the surrogate's answers with the model's own, and calibrate if it is due."""
         assert self._setup is not None
         policy, form, learning = self._setup.policy, self._setup.coder.form, self._learning
         values, deviation = self._outputs(x)
@@ -432,8 +431,8 @@ class Predictor:
                     "predictions went wrong more often than promised: they are not given out"
                 )
                 return
-        # Queries that come again are predicted better than new ones, whose bars they would shorten.
-        # Where nothing is known of errors yet, there is nothing to calibrate.
+        # Repeated queries are predicted better than new ones, so they would make error bounds too
+        # small. Predictions without a finite deviation cannot be calibrated.
         new = np.isfinite(deviation)
         if isinstance(self._surrogate, Learner):
             new &= ~self._surrogate.knows(x)
@@ -445,7 +444,7 @@ class Predictor:
         learning.due = learning.count + _MORE * min(learning.count, _VALIDATION)
         made = calibrate(learning.validation, policy, form)
         if self._calibrated is None:
-            # Compile what the deciding thread calls.
+            # Compile the programs that the deciding thread calls.
             for size in {policy.max_batch_size, BATCH}:
                 made.assess(*self._outputs(repeat_rows(x[:size], size)))
             for size in policy.batch_sizes:

@@ -1,7 +1,7 @@
-"""The choice of the late rule and the redundancy by the measured tail.
+"""The choice of the overdue rule and the redundancy by the measured tail latency.
 
-It chooses as `stragglers.picking` does, by a replay of the pool's calls. Queueing is left out
-there, so forecasts are corrected by what is measured.
+It uses the rules of `stragglers.picking` on a replay of the pool's calls. The replay leaves out
+queueing, so forecasts are corrected by measurements.
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ PICKING = picking.PICKING
 
 @dataclasses.dataclass
 class _Measured:
-    """The measurements since a setting holds, or since they were last learned from.
+    """The measurements since the present setting was picked, or since they were last used.
 
     Attributes:
-        since: When that was.
-        seconds: Of requests.
-        waits: For copies, in limits of the setting.
-        queries: The number of queries that were answered.
+        since: The time at which they began.
+        seconds: The latencies of requests.
+        waits: The times of late copies until their answers, in multiples of the overdue limit.
+        queries: The number of answered queries.
     """
 
     since: float
@@ -42,17 +42,17 @@ class _Measured:
 
 
 class SettingController:
-    """Picks the settings that a policy with `max_calls` leaves open, every 500 queries.
+    """The controller that picks the settings of a policy with `max_calls`, every 500 queries.
 
-    The tail of each setting is forecast by replaying the pool's latest calls, and corrected by what
-    was measured when that redundancy was last tried, hedged or not. Among the settings that cost at
-    most `max_calls`, and with which hardly more queries straggle than with the policy's own rule,
-    the one with the least p99.9 is taken; among equivalent ones that with the least p99, and then
-    the cheapest. Hedging is always a candidate; where copies are as slow as their queries, so is
-    not to hedge.
+    The tail of each setting is forecast by a replay of the pool's latest calls. It is corrected by
+    the measurements from when the same redundancy, with or without hedging, was last used. Among
+    the settings that cost at most `max_calls`, and with which hardly more queries straggle than
+    with the policy's own rule, the one with the least p99.9 is picked; among equivalent ones the
+    one with the least p99, and then the cheapest. If copies are as slow as their queries, settings
+    without hedging are candidates, too.
 
     Attributes:
-        setting: the setting that holds; immutable, and replaced as a whole.
+        setting: the present setting; immutable, and replaced as a whole.
     """
 
     def __init__(
@@ -62,21 +62,22 @@ class SettingController:
         decoding: Risk,
         wake: Callable[[], Any],
     ):
-        """Start with the policy's rule; `wake` has `turn` called soon, on the learning thread.
+        """Start with the policy's rule.
 
-        `decoding` has what stragglers showed of decoded answers.
+        `decoding` is the evidence from stragglers on decoded answers. `wake` requests a call of
+        `turn` on the learning thread.
         """
         self._setup, self._predictor, self._decoding, self._wake = setup, predictor, decoding, wake
         self.setting, self._reason = self._candidates()[0], "nothing is known yet"
         self._trials = picking.CopyTrials()
-        # Of tails, and of calls, by redundancy and whether it is hedged.
+        # The corrections of tails, and of calls, by redundancy and whether copies are sent.
         self._factors: dict[tuple[Redundancy, bool], tuple[float, float]] = {}
         self._queries, self._due = 0, PICKING.every
         self._time = TimeShare(setup.clock, PICKING.time_share)
         self._measured = _Measured(setup.clock.now())
 
     def observe(self, what: str, number: int | float) -> None:
-        """Take a measurement, from any thread, and pass it on."""
+        """Record a measurement, from any thread, and pass it on."""
         self._setup.observe(what, number)
         measured = self._measured
         if what in ("request_ok", "request_deadline"):
@@ -86,7 +87,7 @@ class SettingController:
         elif what.startswith("query_"):
             measured.queries += int(number)
             before, self._queries = self._queries, self._queries + int(number)
-            if before < self._due <= self._queries:  # once: a turn that waits comes back
+            if before < self._due <= self._queries:  # only once: a turn that must pause is repeated
                 self._wake()
 
     def status(self) -> dict[str, Any]:
@@ -100,7 +101,7 @@ class SettingController:
         }
 
     def turn(self) -> float:
-        """Pick a setting if it is time to, and return when to be called again."""
+        """Pick a setting if that is due; return when the next turn is due."""
         now = self._setup.clock.now()
         if self._queries < self._due:
             return math.inf
@@ -114,7 +115,7 @@ class SettingController:
         return math.inf
 
     def _candidates(self) -> list[DispatchSetting]:
-        """Return all settings that may be picked, the policy's own rule first."""
+        """Return all settings that may be picked, those with the policy's own rule first."""
         policy, coder = self._setup.policy, self._setup.coder
         extra = coder.num_workers - coder.num_data
         allowed: list[Redundancy] = ["none"]
@@ -157,7 +158,7 @@ class SettingController:
             for each, found in forecasts.items()
             if (found.late <= most_late or self._answered_share(each) == 0)
             and (useless or each.hedges)
-            and (predicts or each.redundancy != "uncertain")  # nothing says what is uncertain
+            and (predicts or each.redundancy != "uncertain")  # which needs a surrogate
         }
         chosen = picking.choose(candidates, current, self._setup.policy.max_calls or math.inf)
         if chosen == current:
@@ -175,12 +176,12 @@ class SettingController:
 
     @property
     def _extra_copies(self) -> int:
-        """The redundant calls of a query that are copies of it."""
+        """The number of redundant copies of each query: N - 1 if K = 1, else 0."""
         coder = self._setup.coder
         return coder.num_workers - 1 if coder.num_data == 1 else 0
 
     def _play(self, setting: DispatchSetting, calls: simulate.RecordedCalls) -> picking.Play:
-        """Return how the simulator plays a setting."""
+        """Return a setting in the form that the simulator replays."""
         usual = calls.median * float(np.median(calls.own))
         limit = setting.overdue.after(usual) / calls.median
         sure = calls.draws < self._answered_share(setting)
@@ -201,7 +202,7 @@ class SettingController:
         return max(predicted, self._decoding.share) if decodes else predicted
 
     def _learn_factors(self, forecast: picking.TailForecast, calls: Sequence[Call]) -> None:
-        """Correct forecasts by what was measured since the present setting holds."""
+        """Update the corrections of forecasts by the measurements under the present setting."""
         for each, (tail, cost) in self._factors.items():
             self._factors[each] = 1 + (tail - 1) * PICKING.decay, 1 + (cost - 1) * PICKING.decay
         measured = self._measured
@@ -212,7 +213,7 @@ class SettingController:
         median = float(ordered[len(ordered) // 2])
         tail = picking.mean_between(ordered, PICKING.p99) / median / forecast.p99
         sent = [call.size for call in calls if call.sent >= measured.since]
-        # Where more calls were sent than the pool keeps, their number is unknown.
+        # If more calls were sent than the pool records, their number is unknown.
         known = measured.queries and len(sent) < len(calls)
         cost = sum(sent) / measured.queries / forecast.calls if known else 1.0
         factors = min(max(tail, 1.0), PICKING.worst), min(max(cost, 1.0), PICKING.worst)

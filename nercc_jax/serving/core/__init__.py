@@ -1,1 +1,1 @@
-"""The parts of the scheduler: requests, groups, codes, and what becomes of late queries."""
+"""The parts of the batcher: requests, groups, codes, and the decisions on late queries."""

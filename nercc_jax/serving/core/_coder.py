@@ -1,14 +1,14 @@
-"""A code made ready for a stream of queries that come one by one, not always K at a time.
+"""A code prepared for a stream of queries that arrive one by one, not always K at a time.
 
-A coded data point whose encoder row is one-hot is a query itself. It is sent the moment the query
-arrives, and its answer is exact; the others wait until their group is complete. Interleaved and
-repeated codes have such a row for every query. The published layouts have none, and are no codes
-for a server: all their answers would be approximate.
+A coded data point whose encoder row is one-hot is a query itself. It is sent as soon as the query
+arrives, and its answer is exact; the other coded data points wait until their group is complete.
+Interleaved and repeated codes have such a row for every query. The published layouts have none, so
+they are not suitable for a server: all their answers would be approximate.
 
-A group that is complete with fewer than K queries gets a smaller code on the same workers' points:
-an encoder through some of the alphas, and the same decoder, read there. That keeps more than
-filling the group up with repeats or earlier queries: of 2 queries of digits behind K = 4, N = 8 and
-one's own worker missing, 0.0 % of labels changed, against 0.4 and 12 %.
+A group with fewer than K queries gets a smaller code on the same workers' points: an encoder
+through some of the alphas, and the same decoder, evaluated there. This is more accurate than
+filling the group with repeated or earlier queries: for 2 queries of digits with K = 4, N = 8, and
+the own worker of one missing, 0.0 % of labels changed, compared with 0.4 and 12 %.
 """
 
 import dataclasses
@@ -44,10 +44,10 @@ Score: TypeAlias = ErrorProbability | ErrorScale
 # The rows of a spline are one-hot up to rounding.
 _ROUNDING = 1e-5
 
-# Sets of workers whose answers' variances are kept: 20 MB with 100 workers.
+# Straggler sets whose variances are cached: 20 MB with 100 workers.
 _FEW_MASKS = 256
 
-_ON_A_LINE = (NeRCC, Berrut, BerrutSpline)  # codes whose data points and workers have places
+_ON_A_LINE = (NeRCC, Berrut, BerrutSpline)  # codes with regression points alpha and beta
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +56,11 @@ class Layout:
 
     Attributes:
         matrix: the encoder.
-        place_of: by coded data point, the query that it is; -1 where it mixes queries.
-        own: by query, the coded data points that are the query itself.
-        extras: the coded data points to send when the group is complete: as much redundancy for
-            each query as in a full group.
+        place_of: by coded data point, the number of the query that it equals; -1 if it mixes
+            queries.
+        own: by query, the coded data points that equal the query.
+        extras: the coded data points to send when the group is complete, with as much redundancy
+            for each query as in a full group.
     """
 
     matrix: Float[np.ndarray, "num_workers queries"]
@@ -71,27 +72,26 @@ class Layout:
 class Coder:
     """A code, the layout of a group of each size, and its compiled decoder.
 
-    The i-th query of a group stands at the i-th alpha of an order in which any first few are spread
-    out.
+    Queries take the alphas in an order in which any number of first ones are spread out.
 
     Attributes:
         code: the code.
-        order: by query, the index of the alpha at which it stands.
-        first: by query, a coded data point that is the query itself, which is sent at once.
+        order: by query, the index of its alpha.
+        first: by query, one coded data point that equals the query, which is sent at once.
         can_decode: whether a query can be decoded when none of its own points is answered.
-        has_deviation: whether a decoded prediction has a posterior deviation. Without one, its
-            margin alone ranks it, and it has no error bar.
-        kinds: by coded data point, the model of the pool that computes it.
-        form: the parts of an answer, where each has a label of its own.
+        has_deviation: whether decoded predictions have posterior deviations. Otherwise only their
+            margins rank them, and they have no error bars.
+        kinds: by coded data point, the number of the pool's model that computes it.
+        form: the parts of an answer with labels of their own; None if an answer is one part.
     """
 
     def __init__(
         self, code: AbstractCode, models: Sequence[int] = (0,), *, form: Form | None = None
     ):
-        """Prepare a code; `models` are the pool's for its `worker_models`, the served one first.
+        """Prepare a code; `models` are the pool's models for its `worker_models`, served one first.
 
         Raises:
-            ValueError: for a code that mixes queries in all its coded data points.
+            ValueError: if a query equals none of the code's coded data points.
         """
         self.code, self.form = code, form
         self.num_data, self.num_workers = code.num_data, code.num_workers
@@ -128,7 +128,7 @@ class Coder:
         x: Shaped[np.ndarray, "rows queries ..."],
         points: Int[np.ndarray, " points"],
     ) -> Shaped[np.ndarray, "points rows ..."]:
-        """Return some coded data points of `rows` groups; those of a single query are copies."""
+        """Return some coded data points of `rows` groups."""
         return encode_on_host(self.layout(x.shape[1]).matrix[points], x)
 
     def decode(
@@ -137,13 +137,13 @@ class Coder:
         mask: Bool[np.ndarray, " num_workers"],
         width: int,
     ) -> Decoded:
-        """Decode, in the queries' order, answers that are zero where there is none.
+        """Decode answers, which are zero where missing, into predictions in the queries' order.
 
-        All rows share the workers, so they are further coordinates of one group. They are
-        repeated up to `width` rows, so that one compiled program serves any number up to it.
+        All rows have the same workers, so they are further coordinates of one group. They are
+        padded to `width` rows by repetition, so that one compiled program serves any number.
 
         Returns:
-            Predictions (rows, num_data, ...), with what all rows have in common.
+            Predictions (rows, num_data, ...), with `responded` and `recovered` for all rows.
         """
         _, rows, *out = values.shape
         flat = repeat_rows(values, width, axis=1).reshape(1, self.num_workers, -1)
@@ -156,17 +156,14 @@ class Coder:
     def features(
         self, values: Float[np.ndarray, "num_workers rows ..."], decoded: Decoded
     ) -> tuple[Float[np.ndarray, "rows num_data 5"], Bool[np.ndarray, "rows num_data"]]:
-        """Return the features that rank what `decode` made of these values.
-
-        A mask has the predictions for which they say anything.
-        """
+        """Return features that rank decoded predictions, and a mask of informative features."""
         predictions, responded = decoded.predictions, decoded.responded
         roughness, variance = np.ones(len(predictions)), np.ones(self.num_data)
         if self.has_deviation:
             variance, root = self._variances(responded.tobytes())
             flat = values.reshape(*values.shape[:2], -1)
-            # What all answers have in common is taken off, since the product's rounding is its
-            # share. Squares are taken in float64: float32 may not hold them.
+            # One answer is subtracted from all, since the product's rounding error grows with their
+            # common part. Squares are computed in float64, since they may overflow float32.
             flat = np.where(responded[:, None, None], flat - flat[np.argmax(responded)], 0)
             varies = np.tensordot(root, flat, 1).astype(np.float64)
             roughness = np.mean(varies**2, axis=2).sum(axis=0)
@@ -181,21 +178,21 @@ class Coder:
     ) -> Float[np.ndarray, "rows num_data"]:
         """Return the probability of a wrong label, or the error bar, of each prediction.
 
-        It is 1 or infinite where nothing is known.
+        It is 1 or infinite where the features are not informative.
         """
         features, informative = self.features(values, decoded)
         unknown = 1 if isinstance(score, ErrorProbability) else np.inf
         return np.where(informative, score.of_features(features), unknown)
 
     def ranks(self, accuracy: Accuracy) -> bool:
-        """Return whether something says which decoded answers are good enough for a promise."""
+        """Return whether decoded answers can be ranked for an accuracy: values need deviations."""
         return self.can_decode and (self.has_deviation or accuracy.tolerance is None)
 
     def _make_variances(
         self, responded: bytes
     ) -> tuple[Float[np.ndarray, " num_data"], Float[np.ndarray, "num_workers num_workers"]]:
         kept = kept_matrices(self.code)
-        assert kept is not None  # as the code is known
+        assert kept is not None  # since the code's arrays are concrete
         variance, root = kept.by_numpy("variances_on_host", np.frombuffer(responded, bool))
         return variance, root.astype(np.float32)
 
@@ -205,7 +202,7 @@ def few_encoders(
 ) -> list[Float[np.ndarray, "num_workers few"]]:
     """Return encoders for 1, 2, ..., K data points, at the first alphas in this order.
 
-    Codes on a line have their own through fewer points. Others repeat the data points.
+    Codes with regression points are fitted through fewer points. Others repeat the data points.
     """
     counts = range(1, code.num_data + 1)
     if not isinstance(code, _ON_A_LINE):
@@ -231,7 +228,7 @@ def _angles(t: ArrayLike) -> np.ndarray:
 
 
 def _spread(code: AbstractCode) -> Int[np.ndarray, " num_data"]:
-    """Return the data points from the middle on, each next as far from those before as can be."""
+    """Return the data points from the middle on, each next one farthest from those before it."""
     if not isinstance(code, _ON_A_LINE):
         return np.arange(code.num_data)
     angles = _angles(code.alpha)
@@ -259,7 +256,7 @@ def _by_use(
 
 
 def _place_of(matrix: np.ndarray) -> Int[np.ndarray, " num_workers"]:
-    """Return for each row the column of its one, or -1 where the row is not one-hot."""
+    """Return for each row the column of its one, or -1 if the row is not one-hot."""
     place = np.argmax(matrix, axis=1)
     one_hot = np.abs(matrix - np.eye(matrix.shape[1])[place]).max(axis=1) < _ROUNDING
     return np.where(one_hot, place, -1)

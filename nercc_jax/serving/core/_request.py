@@ -17,18 +17,18 @@ _LONGEST_MESSAGE = 500  # characters
 
 
 class QueueFull(RuntimeError):
-    """The queue has no room for a request: the client should come back later."""
+    """The error of a request for which the queue has no room; the client should retry later."""
 
 
 class DeadlineExceeded(TimeoutError):
-    """The deadline of a request passed before all its queries were answered."""
+    """The error of a request whose deadline passed before all its queries were answered."""
 
 
 class InferenceFailed(RuntimeError):
-    """No worker could answer a query, and it could not be decoded.
+    """The error of a request with a query that no worker could answer, and that was not decoded.
 
     Attributes:
-        public: the message for clients, without what the model raised.
+        public: the message for clients, without the model's own exception.
     """
 
     def __init__(self, message: str, public: str | None = None):
@@ -37,12 +37,12 @@ class InferenceFailed(RuntimeError):
 
 
 class ServerClosing(RuntimeError):
-    """The batcher accepts no more requests, or closed before it answered this one."""
+    """The error of a request that the batcher refuses, or cannot answer, because it closes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """The answers to the B queries of a request, and what each answer rests on.
+    """The answers to the B queries of a request, with their sources and expected errors.
 
     Attributes:
         values: the answers, an array or, for a model with several outputs, a dict of arrays.
@@ -54,15 +54,14 @@ class Reply:
         asked: the number of workers that had received the query, or a coded data point of its
             group, when it was answered.
         responded: the number of those workers that had responded.
-        expected_disagreement: the probability that the label differs from the model's own label.
-            It follows from the margin and the posterior deviation of the query; for codes that are
-            no regression it is the mean over calibration data decoded from the same workers. It is
-            0 for exact answers, NaN as long as nothing is known, and NaN for approximate values.
+        expected_disagreement: the probability that the label differs from the model's own label. It
+            follows from the margin of the query and, if the code has one, its posterior deviation.
+            0 for exact answers, NaN if unknown, and NaN for approximate values.
         expected_error: the error bar of values, in units of the outputs (root mean square over a
-            row's outputs), which holds in a share `coverage` of the cases. Where outputs have
-            labels, the expected distance to the model's answer: for a decoded answer the root mean
-            squared error over calibration data, for a predicted one the bound that holds in nine of
-            ten cases. 0 for exact answers, NaN if unknown.
+            row's outputs), which covers the error in a share `coverage` of the cases. For outputs
+            with labels: NaN for a decoded answer, and for a predicted answer the bound on its
+            distance to the model's own answer in the same share. 0 for exact answers, NaN if
+            unknown.
         queued: the seconds until the first query was sent.
         seconds: the seconds from arrival to reply.
     """
@@ -80,7 +79,7 @@ class Reply:
     seconds: float
 
     def sources(self) -> list[str]:
-        """Return each answer's source; "reexecuted" is exact, at the second attempt."""
+        """Return each answer's source; "reexecuted" means exact after the query was sent again."""
         exact = np.where(self.reexecuted, "reexecuted", "exact")
         approximate = np.where(self.predicted, "predicted", "decoded")
         return np.where(self.exact, exact, approximate).tolist()
@@ -88,23 +87,23 @@ class Reply:
 
 @dataclasses.dataclass(eq=False)
 class Answer:
-    """The answer to one query, or to several, one row each, and where it came from.
+    """The answer to one query, or the answers to several, one a row, and its source.
 
     Attributes:
         value: the answer.
-        source: where it came from.
+        source: "exact", "decoded" or "predicted".
         asked: the number of workers that had received the query, or a coded data point of its
             group.
-        responded: the number of those that had responded.
+        responded: the number of those workers that had responded.
         disagreement: the probability that the label differs from the model's own.
         error: the error bar.
-        suspicious: whether it is the model's own, looked wrong, and nobody confirmed it.
-        x: of an approximate answer, which is compared with the model's own, the query's data point;
-            None once the model was asked again, because the first call failed.
-        epoch: of the evidence (`Risk.epoch`) when it was made.
-        within: whether it is within the limit of a calibration.
-        given: whether it was given out, and counts for what was promised.
-        widened: the factor of the error bar with which it was given out.
+        suspicious: whether it is the model's own, looked wrong, and no other worker confirmed it.
+        x: the query's data point, if the answer is approximate and must be compared with the
+            model's own; None after the query was sent again for that.
+        epoch: the epoch of the evidence (`Risk.epoch`) when it was computed.
+        within: whether it is within the limit of its calibration.
+        given: whether it was given out, so that it counts for the promised accuracy.
+        widened: the factor by which its error bar was widened when it was given out.
     """
 
     value: np.ndarray
@@ -125,18 +124,18 @@ class Request:
     """B queries that arrived together and get one reply. Only the deciding thread changes it.
 
     Attributes:
-        x: All queries, until the request is over.
-        future: Gets the reply.
-        arrived: When it came.
-        deadline: Seconds after which it fails.
+        x: The data points of all queries; None once the request is over.
+        future: The future of the reply.
+        arrived: When it arrived.
+        deadline: Seconds after its arrival at which it fails.
         exact_only: Whether only the model's own answers are accepted.
-        own: Whose it is: a caller's (None), or the server's own, to compare what was given out
-            ("audit"), or to see whether somebody answers ("probe").
+        own: None for a caller's request. The server's own requests are "audit", to compare an
+            approximate answer, and "probe", to see whether workers answer.
         sent: When its first query was sent; infinite before.
         queued: Whether it has been put into the queue.
-        queries: Its queries.
-        left: Queries without an answer.
-        reply: The reply, as far as there are answers.
+        queries: Its queries; empty once it is over.
+        left: The number of queries without an answer.
+        reply: The reply, with the answers so far.
     """
 
     def __init__(
@@ -163,8 +162,8 @@ class Request:
         self.reply = Reply(values, *flags, *counts, *expected, queued=0.0, seconds=0.0)
 
     def on_cancel(self, notify: Callable[["Request"], Any]) -> None:
-        """Call `notify(self)`, from any thread, when somebody cancels the future."""
-        # A weak reference: the request holds the future, and must not live in a cycle.
+        """Call `notify(self)` when the future is cancelled, in the thread that cancels it."""
+        # A weak reference, since the request holds the future: avoids a reference cycle.
         reference = weakref.ref(self)
 
         def ended(future: concurrent.futures.Future[Reply]) -> None:
@@ -175,7 +174,7 @@ class Request:
         self.future.add_done_callback(ended)
 
     def answer(self, queries: Sequence["Query"], answer: Answer, rows: Sequence[int]) -> None:
-        """Store the answers to some queries, which are these rows."""
+        """Store the answers to some queries, which are the given rows of `answer.value`."""
         places, reply = [query.place for query in queries], self.reply
         reply.values[places] = answer.value[rows]
         reply.asked[places], reply.responded[places] = answer.asked, answer.responded
@@ -195,12 +194,12 @@ class Query:
 
     Attributes:
         x: the data point; None once the request is over.
-        groups: the groups that the query is part of, until it is over: a copy is in one of its own.
-        done: whether nobody waits for it any more.
-        waiting: whether no worker has had it.
+        groups: the groups that contain the query, copies included; empty once it is done.
+        done: whether it has its answer, or its request has ended.
+        waiting: whether it has not been sent to a worker.
         reexecuted: whether it was sent a second time.
-        approximate: answers that are to be compared with the model's own, by their sources.
-        candidates: the model's answers that are held back to be compared, by their workers.
+        approximate: by source, approximate answers to compare with the model's own.
+        candidates: by worker, the model's own answers that are held back by the screen.
     """
 
     __slots__ = (
@@ -211,7 +210,7 @@ class Query:
     def __init__(self, request: Request, place: int, x: np.ndarray):
         self.request, self.place = request, place
         self.x: np.ndarray | None = x
-        self.groups: list[Any] = []  # of `Group`, which this file does not know
+        self.groups: list[Any] = []  # of `Group`, which imports this file
         self.done = self.reexecuted = False
         self.approximate: dict[Source, Answer] = {}
         self.candidates: HeldAnswers = {}
@@ -219,13 +218,13 @@ class Query:
 
 
 def repeat_rows(x: Shaped[np.ndarray, "..."], number: int, axis: int = 0) -> Any:
-    """Return x with its rows repeated in turn up to this number: so few programs are compiled."""
+    """Return x with its rows repeated in turn up to `number`, so that few shapes are compiled."""
     few = x.shape[axis]
     return x if few == number else np.take(x, np.arange(number) % few, axis)
 
 
 def message_of(error: BaseException) -> str:
-    """Return the text that clients see of an error, which may echo much of what they sent."""
+    """Return the text of an error for clients, shortened, since it may repeat their input."""
     public = error.public if isinstance(error, InferenceFailed) else str(error)
     return shorten(public or type(error).__name__)
 

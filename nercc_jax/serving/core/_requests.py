@@ -1,4 +1,4 @@
-"""The requests that have no reply yet: the queue of what no worker has had, ends, and health."""
+"""The requests without a reply: the queue of their queries, their deadlines, and health."""
 
 import collections
 import concurrent.futures
@@ -30,18 +30,18 @@ _LOG = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
-# Seconds without a turn after which a thread counts as stuck, ...
+# Seconds without a turn after which a thread counts as stuck.
 STUCK = 5.0
-# ... and without an answer while queries wait after which a batcher is not ready. Models that take
-# long have this many answer times instead.
+# Seconds without an answer while requests are open after which a batcher is not ready; for slow
+# models, this many answer times instead.
 _SILENT, _ANSWER_TIMES = 3.0, 5
-_STALE = 256  # entries of timers that are kept beside twice the items
-# Failed queries in a row after which the batcher sends a probe, and the seconds between probes.
+_STALE = 256  # stale timer entries beyond the number of items after which the heap is rebuilt
+# Failed requests in a row after which the batcher sends a probe, and the seconds between probes.
 _SUSPICIOUS, _PROBE_EVERY = 3, 1.0
 
 
 class Timers(Generic[Item]):
-    """Items in the order of the times at which they are due; each has one."""
+    """Items with due times, one for each item, in the order of these times."""
 
     def __init__(self):
         self._heap: list[tuple[float, int, Item]] = []
@@ -50,11 +50,11 @@ class Timers(Generic[Item]):
 
     @property
     def next(self) -> float:
-        """The time of the next one; infinite for none."""
+        """The earliest due time; infinite without items."""
         return self._heap[0][0] if self._heap else math.inf
 
     def set(self, item: Item, due: float) -> None:
-        """Have an item due at this time, instead of the time set before."""
+        """Set an item's due time, in place of an earlier one; an infinite one removes the item."""
         self.drop(item)
         if due < math.inf:
             self._due[item] = entry = due, next(self._numbers)
@@ -78,7 +78,7 @@ class Timers(Generic[Item]):
 
 @dataclasses.dataclass(frozen=True)
 class Health:
-    """The health of a batcher or a model: where it is not live, only a restart would help."""
+    """The health of a batcher or a model; if it is not live, only a restart would help."""
 
     live: bool
     ready: bool
@@ -86,19 +86,21 @@ class Health:
 
 
 class HealthMonitor:
-    """Judges a batcher by its turns and answers. Its thread reports, any thread may ask.
+    """The health of a batcher by its turns and answers, which its thread reports.
+
+    `health` may be called from any thread.
 
     Attributes:
         failed_in_a_row: the number of requests that failed since the last answer.
         probe_error: why the latest probe failed, if nothing was answered since.
-        broken: why nothing is answered any more, if so.
-        closing: no more requests are taken.
+        broken: why the batcher answers nothing any more; None while it works.
+        closing: whether no more requests are accepted.
     """
 
     def __init__(self, clock: AbstractClock):
         self._clock = clock
         self._last_turn = clock.now()
-        # Since when somebody waits and nobody was answered; infinite if nobody waits.
+        # Since when requests are open and none was answered; infinite without open requests.
         self._silent_since = math.inf
         self._probed_at = 0.0
         self.failed_in_a_row = 0
@@ -128,7 +130,7 @@ class HealthMonitor:
 
         Args:
             pool: The workers.
-            answer_time: Seconds that an answer usually takes; infinite for unknown.
+            answer_time: The median seconds of an answer; infinite if unknown.
         """
         now, live, trouble = self._clock.now(), True, None
         silence, pool_silence = now - self._silent_since, pool.clock.now() - pool.heartbeat
@@ -148,7 +150,7 @@ class HealthMonitor:
             live, trouble = False, f"the pool is stuck for {pool_silence:.0f} s"
         elif pool.alarm is not None:
             trouble = pool.alarm
-        else:  # only now: a pool that is stuck may not report
+        else:  # last, since a stuck pool may hold the lock that `report` needs
             report = pool.report()
             if report.starting == report.num_workers:
                 trouble = f"none of {report.num_workers} workers is ready"
@@ -158,21 +160,21 @@ class HealthMonitor:
 class OpenRequests:
     """Requests without a reply: the queue of their queries, their deadlines, and their ends.
 
-    `accept`, `drain`, `waiting` and `len` may be used by any thread, all else only by the deciding
-    one.
+    `accept`, `drain`, `waiting` and `len` may be used by any thread, everything else only by the
+    deciding thread.
 
     Attributes:
-        queue: the queries that no worker has had: who came first goes first.
-        waiting: their number, with those of requests that are not enqueued yet.
-        taken: the queries that left it in the present step of the thread.
-        deadlines: when requests fail.
-        monitor: knows whether requests are taken, and answered.
+        queue: the queries that were not sent to a worker, first in, first out.
+        waiting: their number, including those of accepted requests that are not enqueued yet.
+        taken: the queries that left the queue in the present step of the deciding thread.
+        deadlines: the times at which requests fail.
+        monitor: the health, and whether requests are accepted.
     """
 
     def __init__(
         self, capacity: int, observe: Observe, clock: AbstractClock, look: Callable[[Any], Any]
     ):
-        """Hold no requests; `look` is called with each group in which a query ended elsewhere."""
+        """Start empty; `look` is called with each group of a query that was answered or ended."""
         self.queue: collections.OrderedDict[Query, None] = collections.OrderedDict()
         self.waiting, self._capacity = 0, capacity
         self.taken: list[Query] = []
@@ -192,9 +194,9 @@ class OpenRequests:
         """Accept a request.
 
         Raises:
-            QueueFull: where the queue has no room.
+            QueueFull: if the queue has no room.
             ServerClosing: after `drain`.
-            InferenceFailed: where the deciding thread has died.
+            InferenceFailed: if the deciding thread has failed.
         """
         number = len(request.queries)
         with self._settled:
@@ -214,9 +216,9 @@ class OpenRequests:
             self._open.add(request)
 
     def accept_own(self, request: Request) -> bool:
-        """Accept a request of the server's own, which is not counted, and return whether.
+        """Accept and enqueue a request of the server's own; return whether it was accepted.
 
-        There is one probe at a time. An audit is not accepted where queries wait.
+        It is not counted. There is one probe at a time. An audit needs an empty queue.
         """
         with self._settled:
             audits, number = request.own == "audit", len(request.queries)
@@ -229,14 +231,14 @@ class OpenRequests:
         return True
 
     def enqueue(self, request: Request) -> None:
-        """Put an accepted request into the queue, once, and keep its deadline."""
+        """Put an accepted request's queries into the queue, once, and set its deadline."""
         if not request.queued:
             request.queued = True
             self.queue.update(dict.fromkeys(request.queries))
             self.deadlines.set(request, request.arrived + request.deadline)
 
     def take(self, number: int) -> list[Query]:
-        """Take this number of queries out of the queue."""
+        """Return this number of queries, and remove them from the queue."""
         queries = [self.queue.popitem(last=False)[0] for _ in range(number)]
         self.taken += queries
         for query in queries:
@@ -246,12 +248,12 @@ class OpenRequests:
         return queries
 
     def answer(self, queries: Sequence[Query], answer: Answer, now: float) -> None:
-        """Give out answers, one row each, to those queries that somebody waits for."""
+        """Store answers, one a row, to those queries that are open; reply to complete requests."""
         rows: dict[Request, list[int]] = {}
         for row, query in enumerate(queries):
             if not query.done:
-                # A query that was sent again, or held back, has its answer from one of its groups;
-                # the others may be over now.
+                # A query that was sent again, or held back, is in several groups; those that did
+                # not answer it may have no open queries now.
                 self._leave(query, look=query.reexecuted or bool(query.candidates))
                 rows.setdefault(query.request, []).append(row)
         for request, own in rows.items():
@@ -292,7 +294,7 @@ class OpenRequests:
             self._end(request)
 
     def drain(self, seconds: float, wake: Callable[[], Any]) -> None:
-        """Accept no more, `wake` the thread, and wait until all have ended, but no longer."""
+        """Accept no more requests, `wake` the thread, and wait for open ones, at most `seconds`."""
         end = self._clock.now() + seconds
         with self._settled:
             self.monitor.closing = True
@@ -301,7 +303,7 @@ class OpenRequests:
                 self._clock.wait(self._settled, left)
 
     def fail_all(self, error: BaseException) -> None:
-        """Fail all open requests and all that come, because the deciding thread ends."""
+        """Fail all open and all later requests, because the deciding thread ends."""
         with self._settled:
             self.monitor.broken = why = f"the batcher has failed: {error}"
             left, self._open = self._open, set()
@@ -311,13 +313,13 @@ class OpenRequests:
             _resolve(request.future.set_exception, InferenceFailed(why))
         counts = [("request_failed", now - request.arrived) for request in left]
         for what, number in (("internal_error", 1), *counts):
-            with contextlib.suppress(Exception):  # it may be what failed
+            with contextlib.suppress(Exception):  # `observe` itself may have failed
                 self._observe(what, number)
 
     def _leave(self, query: Query, *, look: bool) -> None:
-        """End a query, wherever it stands; it forgets its groups.
+        """End a query: remove it from the queue, and drop its references to groups.
 
-        It must not hold them in a reference cycle: a collection of garbage stops all threads.
+        These would be a reference cycle, and garbage collection stops all threads.
         """
         query.done = True
         if query.waiting:
@@ -333,7 +335,7 @@ class OpenRequests:
         for query in request.queries:
             if not query.done:
                 self._leave(query, look=True)
-            query.x = None  # which may be large, and must not live until the deadline
+            query.x = None  # free the data, which may be large
         request.queries, request.x = [], None
         self.deadlines.drop(request)
         with self._settled:
@@ -343,7 +345,7 @@ class OpenRequests:
 
     @property
     def _owed(self) -> bool:
-        """True if somebody waits for a request: the server's own comparisons do not count."""
+        """True if there are open requests other than the server's own audits."""
         return any(request.own != "audit" for request in self._open)
 
 

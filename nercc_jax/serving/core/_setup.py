@@ -1,4 +1,4 @@
-"""The parts of a batcher that never change, and the part of its policy that may."""
+"""The parts of a batcher that never change, and the settings that may change while it serves."""
 
 import dataclasses
 from typing import Literal, NamedTuple
@@ -16,22 +16,22 @@ from ._coder import Coder
 CODED = np.dtype(np.float32)
 
 
-# By kind of dtype, the kinds that may be given for it.
+# By kind of dtype, the kinds of arrays that are accepted for it.
 _KINDS = {"f": "f", "i": "iu", "u": "iu", "b": "b"}
 
 
 def fit_rows(
     x: np.ndarray, shape: tuple[int, ...], dtype: np.dtype, wanted: str, name: str = ""
 ) -> Shaped[np.ndarray, "batch ..."]:
-    """Return rows of queries in a dtype, (B, *shape); errors say what is `wanted`, and the `name`.
+    """Return queries, (B, *shape), cast to a dtype; errors quote `wanted` and `name`.
 
-    Raises ValueError where they have another shape or kind, or do not fit into the dtype.
+    Raises ValueError if they have another shape or kind, or do not fit into the dtype.
     """
     if x.ndim != len(shape) + 1 or x.shape[1:] != shape or not len(x):
         raise ValueError(f"the model takes {wanted}, not of shape {list(x.shape)}")
     if x.dtype.kind not in _KINDS[dtype.kind]:
         raise ValueError(f"the model takes {wanted}, not {x.dtype}")
-    with np.errstate(over="ignore"):  # too large a number is inf
+    with np.errstate(over="ignore"):  # numbers that are too large become inf
         fitting = np.ascontiguousarray(x, dtype)
     if dtype.kind == "f":
         good, wrong = np.isfinite(fitting), f"are not finite in {dtype}"
@@ -58,7 +58,7 @@ class BatchSpec:
         return np.zeros((number, *self.shape), self.dtype)
 
     def check(self, x: np.ndarray) -> Shaped[np.ndarray, "batch ..."]:
-        """Return queries as workers receive them. Raises ValueError as `fit_rows` does."""
+        """Return queries in the workers' dtype. Raises ValueError as `fit_rows` does."""
         shape = ", ".join(map(str, self.shape))
         wanted = f"queries of shape (B, {shape}) with B of 1 or more, {self.dtype}"
         return fit_rows(np.asarray(x), self.shape, self.dtype, wanted)
@@ -71,11 +71,11 @@ class Setup:
     Attributes:
         pool: The workers.
         coder: The code.
-        policy: The policy, with its outputs as they are read.
+        policy: The policy, whose `outputs` are set once `checked` has been called.
         queries: The shape and dtype of a query.
-        answers: The same of an answer.
-        refuse: Returns why a worker's answer is not valid.
-        observe: Takes a measurement.
+        answers: The shape and dtype of an answer.
+        refuse: Returns why a worker's answer is not valid, or None.
+        observe: Records a measurement.
     """
 
     pool: AbstractPool
@@ -91,12 +91,12 @@ class Setup:
         return self.pool.clock
 
     def checked(self, *, predicts: bool) -> "Setup":
-        """Return the setup with its outputs as they are read.
+        """Return the setup with the policy's `outputs` set (`read_outputs`).
 
-        `predicts` says that there is a surrogate.
+        `predicts` is whether there is a surrogate.
 
         Raises:
-            ValueError: where its parts do not fit each other.
+            ValueError: if its parts do not fit each other.
         """
         policy, coder, dtypes = self.policy, self.coder, (self.queries.dtype, self.answers.dtype)
         if coder.num_data > 1 and {*dtypes} != {CODED}:
@@ -129,13 +129,13 @@ Redundancy = Literal["none", "uncertain", "always"]
 
 
 class DispatchSetting(NamedTuple):
-    """The part of a policy that may change while queries are served.
+    """The settings that may change while queries are served.
 
     Attributes:
-        overdue: the rule by which a call counts as late, and the copies that follow at once.
-        redundancy: the coded data points that are sent beyond the queries: all that the code has
-            ("always"), those for queries that a surrogate could not answer ("uncertain"), or none.
-        hedges: whether late queries are sent again soon, where the policy hedges at all.
+        overdue: the rule by which a call is late, and the number of copies sent together.
+        redundancy: the redundant coded data points that are sent: "always" all of the code's,
+            "uncertain" those for queries that a surrogate could not answer, or "none".
+        hedges: whether late queries are sent again, if the policy allows copies.
     """
 
     overdue: Overdue

@@ -1,17 +1,17 @@
-"""The fate of late queries: a pure function of a group, the time, the evidence and the policy.
+"""The decision on late queries: a pure function of a group, the time, the evidence and the policy.
 
 The rules, each with a row in `tests/serving/test_decide.py`:
 
-- While its own worker is in time, a query waits. A coded data point is late once it takes longer
+- A query waits while its own worker is in time. A coded data point is late once it takes longer
   than the pool's limit, or once its workers have failed.
-- A late query gets the cheapest answer that is good enough: a surrogate's, else a decoded one.
-  Good enough is what a calibration admits, or what other stragglers have shown to be right.
-- If none is, and none of the group's answers can be waited for any more, the query goes to another
-  worker, once; to several at once where the setting says so.
-- Where copies are as slow as what they copy, only queries whose calls have failed are sent again,
-  those that may hang, and a few for trial.
-- What must be exact waits for none of the group's answers: it goes to another worker at once.
-- A query that is alone at its worker fails once no worker has an answer.
+- A late query gets the cheapest answer that is accurate enough: a surrogate's, else a decoded one.
+  An answer is accurate enough if the risk, with its evidence from stragglers, admits it.
+- If there is none, and all of the group's other answers have arrived or are late, too, the query is
+  sent again, once: to one worker, or to several together if the setting says so.
+- If copies are as slow as their originals (`DispatchSetting.hedges` is False), only these queries
+  are sent again: those whose calls have failed or may hang, and a few for trial.
+- A query that needs an exact answer does not wait for the others: it is sent again at once.
+- A query in a batch of its own, not coded, fails once no worker can answer it.
 """
 
 import math
@@ -29,16 +29,16 @@ from ._setup import DispatchSetting
 
 
 class LateEvidence(NamedTuple):
-    """The state of all learning, handed over as a whole by the thread that learns.
+    """The evidence on which late queries are decided.
 
     Attributes:
-        setting: the setting that holds.
+        setting: the present setting.
         approximates: whether the outputs allow approximate answers.
-        predicts: whether a surrogate may answer.
-        limit: the largest score within the calibration of decoded answers, for a group of the
-            present size; infinite where nothing is promised, negative where nothing is good enough,
-            None where a promise was not calibrated for such groups.
-        risk: what stragglers showed of approximate answers, by source.
+        predicts: whether a surrogate is calibrated and may answer.
+        limit: the largest score at which a decoded answer is accurate enough, for a group of the
+            present size: infinite if no accuracy is promised, negative if no answer is accurate
+            enough, None if such groups were not calibrated.
+        risk: by source, the evidence from stragglers on approximate answers.
     """
 
     setting: DispatchSetting
@@ -49,39 +49,39 @@ class LateEvidence(NamedTuple):
 
 
 class Predict(NamedTuple):
-    """Ask the surrogate for answers."""
+    """An instruction to let the surrogate predict queries."""
 
     places: list[Place]
 
 
 class Decode(NamedTuple):
-    """Decode these from what has been answered."""
+    """An instruction to decode queries from the answers of their group so far."""
 
     places: list[Place]
 
 
 class GiveOut(NamedTuple):
-    """Give an approximate answer out."""
+    """An instruction to answer a query with its approximate answer from a source."""
 
     place: Place
     source: Source
 
 
 class Copy(NamedTuple):
-    """Send queries to this number of other workers at once."""
+    """An instruction to send queries again, each to this number of other workers together."""
 
     places: list[Place]
     workers: int
 
 
 class Fail(NamedTuple):
-    """Give queries up: no worker has an answer."""
+    """An instruction to fail queries that no worker can answer."""
 
     places: list[Place]
 
 
 class Wait(NamedTuple):
-    """Decide again at this time, should nothing happen before."""
+    """An instruction to decide again at this time, or earlier if something happens."""
 
     until: float
 
@@ -96,19 +96,20 @@ def decide(
     policy: BatchingPolicy,
     looked: Container[Source] = (),
 ) -> list[Action]:
-    """Decide what becomes of a group's queries.
+    """Decide on a group's open queries.
 
-    After `Predict` and `Decode` it is asked again, with the estimates that they gave.
+    After `Predict` and `Decode` it is called again, with their answers at the queries.
 
     Args:
         group: the group, which is read and not changed.
         now: the time.
-        evidence: what is known.
+        evidence: the present evidence.
         policy: the policy.
-        looked: the sources that have been asked in this turn.
+        looked: the sources that have been used in this turn.
 
     Returns:
-        What to do now, `Predict` or `Decode` alone, or `Wait` last.
+        The instructions for now: one `Predict` or `Decode`, or several that end with `Wait`; or one
+        `Fail`.
     """
     queries = [*group.open_queries()]
     if group.alone:
@@ -141,7 +142,7 @@ def decide(
         ]
         return [Copy(places, evidence.setting.overdue.copies)] if places else []
 
-    # Approximate answers, the cheapest first. What is exact waits for no others.
+    # Approximate answers, the cheapest first. Queries that need exact ones do not wait for them.
     approximates = evidence.approximates and not group.spoiled
     exact = [each for each in lost if each[1].request.exact_only or not approximates]
     lost = [each for each in lost if each not in exact]
@@ -149,7 +150,7 @@ def decide(
     left: list[tuple[Place, Query]] = []
     if lost and evidence.predicts and "predicted" not in looked:
         return [Predict([place for place, _ in lost])]
-    # What was predicted may have drifted since, and what was decoded earlier be outdated.
+    # Earlier predictions may have drifted since, and earlier decoded answers may be outdated.
     usable = {"predicted": evidence.predicts, "decoded": "decoded" in looked}
     for place, query in lost:
         known = [query.approximate.get(source) for source in ("predicted", "decoded")]
@@ -168,12 +169,12 @@ def decide(
 
 
 def _decodes(group: Group, evidence: LateEvidence, policy: BatchingPolicy, last: bool) -> bool:
-    """Return whether decoding now may give answers, or evidence on them."""
+    """Return whether decoding now may give answers, or evidence on decoded answers."""
     answers = int(group.mask.sum())
     if not answers or not group.coder.can_decode or evidence.limit is None:
         return False
     if policy.accuracy.promises:
         return evidence.limit > 0 or not evidence.risk["decoded"].waits or last
-    # Nothing is promised: half of the redundancy suffices, and less where no more can come.
+    # Without a promise, half of the redundancy suffices, or less if no more answers are in time.
     cells, sent = len(group.cells), int((~np.isnan(group.sent_at)).sum())
     return answers >= (max(cells - 2, 1) if last else sent - (sent - cells) // 2)

@@ -1,1 +1,1 @@
-"""The Open Inference Protocol: models' tensors, messages, and errors, apart from any transport."""
+"""The Open Inference Protocol: tensors, messages and errors, independent of transports."""

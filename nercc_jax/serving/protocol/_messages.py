@@ -1,7 +1,7 @@
 """Messages of the Open Inference Protocol: a record of requests, one of responses, and errors.
 
 JSON and the binary extension are read and written here, gRPC's messages in `transport/_grpc.py`.
-What a request asks for is checked by `question_of` alone, whoever has read it.
+`question_of` checks the contents of requests from both transports.
 """
 
 import dataclasses
@@ -32,24 +32,24 @@ from ._servable import ADDED, Servable, Tensor
 # The value of a probability or an error that is unknown: JSON has no NaN.
 UNKNOWN = -1.0
 
-# Parameters that mean something, of a request, its inputs and its outputs. KServe's clients send
-# those of binary data by gRPC, too.
+# The known parameters of requests, inputs and outputs. KServe's clients send those of binary data
+# by gRPC, too.
 _OF_REQUESTS = frozenset(("nercc_exact", "nercc_deadline_ms", "binary_data_output"))
 _OF_INPUTS, _OF_OUTPUTS = frozenset(("binary_data_size",)), frozenset(("binary_data",))
 _BOOLEANS = frozenset(("nercc_exact", "binary_data_output", "binary_data"))
-# By kind of dtype: the Python types that JSON may have for it, and their name.
+# By kind of dtype: the Python types of its values in JSON, and their name in messages.
 _TYPES: Mapping[str, tuple[set[type], str]] = {
     "f": ({int, float}, "numbers"),
     "i": ({int}, "whole numbers"),
     "u": ({int}, "whole numbers"),
     "b": ({bool}, "booleans"),
 }
-# Most inputs or outputs of a request, axes of a tensor (NumPy has no more), and parameters of each.
+# The most inputs or outputs of a request, axes of a tensor (NumPy's limit), and parameters of each.
 _TENSORS, _AXES, _PARAMETERS = 1024, 64, 64
 
 
 class InvalidInput(ValueError):
-    """A request that is not as the protocol or the model wants it."""
+    """A request that does not conform to the protocol, or does not fit the model."""
 
 
 class Unauthenticated(Exception):
@@ -57,29 +57,29 @@ class Unauthenticated(Exception):
 
 
 class ModelNotFound(Exception):
-    """There is no such model, or no such version of it."""
+    """The error of a request for an unknown model, or an unknown version of it."""
 
     def __init__(self, model: str):
         Exception.__init__(self, f"Model with name {model} does not exist.")
 
 
 class ServerNotReady(RuntimeError):
-    """The server or a model is not ready."""
+    """The error of a request to a server or a model that is not ready."""
 
     def __init__(self, reason: str = ""):
         RuntimeError.__init__(self, f"Server is not ready. {reason}".rstrip())
 
 
 class TooLarge(Exception):
-    """A body or a batch is larger than the server accepts."""
+    """The error of a body or a batch that is larger than the server accepts."""
 
 
 class UnsupportedEncoding(Exception):
-    """A body is compressed."""
+    """The error of a compressed body."""
 
 
 class Overloaded(RuntimeError):
-    """The requests in progress use all memory they may: the client should come back later."""
+    """The error of a request beyond the memory for all requests; the client should retry later."""
 
 
 class ErrorKind(NamedTuple):
@@ -111,13 +111,13 @@ INTERNAL = "internal error: see the server's log"
 
 
 def _refuse_many(parameters: Any) -> Any:
-    """Return parameters, unless they are so many that reporting what is wrong takes long."""
+    """Return parameters; raise ValueError for so many that reporting their errors takes long."""
     if isinstance(parameters, dict) and len(parameters) > _PARAMETERS:
         raise ValueError(f"{len(parameters)} parameters; at most {_PARAMETERS} are taken")
     return parameters
 
 
-# One MB of nonsense would take seconds, were each part of it validated and reported.
+# A limit, since validating and reporting every part of 1 MB of invalid data would take seconds.
 Parameters: TypeAlias = Annotated[
     dict[str, StrictFloat | StrictInt | StrictBool | str], BeforeValidator(_refuse_many)
 ]
@@ -125,7 +125,7 @@ Parameters: TypeAlias = Annotated[
 
 @dataclasses.dataclass(slots=True)
 class RequestInput:
-    """An input tensor, whose data are numbers in lists, as JSON has them, or bytes."""
+    """An input tensor, whose data are lists of numbers, from JSON, or bytes."""
 
     name: str
     shape: Annotated[list[int], Field(max_length=_AXES, fail_fast=True)]
@@ -144,7 +144,7 @@ class RequestOutput:
 
 @dataclasses.dataclass(slots=True)
 class InferenceRequest:
-    """A request by either face; all outputs are asked for if none is."""
+    """A request by either transport; if it names no outputs, it asks for all of them."""
 
     inputs: Annotated[list[RequestInput], Field(max_length=_TENSORS, fail_fast=True)]
     outputs: Annotated[list[RequestOutput], Field(max_length=_TENSORS, fail_fast=True)] | None = (
@@ -158,14 +158,14 @@ AS_JSON = TypeAdapter(InferenceRequest)
 
 
 class Response(NamedTuple):
-    """A response by either face.
+    """A response by either transport.
 
     Attributes:
-        id: the request's, or one of its own.
+        id: the request's id, or a new one.
         servable: the model.
-        parameters: what the reply as a whole rests on.
+        parameters: the sources and expected errors of the answers, for the whole request.
         outputs: datatypes and arrays by name.
-        binary: the outputs that are asked for as binary data.
+        binary: the outputs that the request asks for as binary data.
     """
 
     id: str
@@ -179,12 +179,12 @@ def json_size(size: int, json_length: str | None, limit: int = sys.maxsize) -> i
     """Return how many of a body's bytes are JSON: all, unless the request's header gives a length.
 
     Raises:
-        InvalidInput: where `json_length` is not a length within the body.
-        TooLarge: above the limit.
+        InvalidInput: if `json_length` is not a length within the body.
+        TooLarge: if the JSON is longer than `limit` bytes.
     """
     length = size
     if json_length is not None:
-        # Python refuses to read a number of thousands of digits.
+        # A short text, since Python refuses to read numbers with thousands of digits.
         short = json_length.isascii() and json_length.isdigit() and len(json_length) < 20
         if not short or int(json_length) > size:
             raise InvalidInput(
@@ -203,7 +203,7 @@ def json_size(size: int, json_length: str | None, limit: int = sys.maxsize) -> i
 def read_request(body: bytes | bytearray, json_length: str | None) -> InferenceRequest:
     """Read a REST body: JSON, which ends at `json_length` if binary tensors follow it.
 
-    Raises InvalidInput where it is not such a body.
+    Raises InvalidInput if it is not such a body.
     """
     size = json_size(len(body), json_length)
     try:
@@ -242,13 +242,13 @@ def question_of(
 ) -> tuple[np.ndarray | dict[str, np.ndarray], dict[str, Any]]:
     """Check a request, and return its queries and the other arguments of `ServedModel.infer`.
 
-    Queries are an array (B, *shape), or arrays by name where the model takes a dict of arrays. The
-    arguments are the parameters `nercc_exact` (a boolean), and the deadline, `nercc_deadline_ms`.
+    Queries are an array (B, *shape), or arrays by name if the model takes a dict of arrays. The
+    arguments follow from the parameters `nercc_exact`, a boolean, and `nercc_deadline_ms`.
 
     Raises:
-        InvalidInput: for unknown outputs and parameters, values of another kind, and anything but
-            tensors of the names, types and shapes in the metadata.
-        TooLarge: for more queries than `most`, for which there would never be room.
+        InvalidInput: for unknown outputs or parameters, parameters of the wrong type, and tensors
+            whose names, types or shapes differ from the metadata.
+        TooLarge: for more than `most` queries, which the queue could never hold.
     """
     asked = request.parameters or {}
     check_parameters("a request", asked, _OF_REQUESTS)
@@ -287,9 +287,9 @@ def question_of(
 
 
 def _read_tensor(given: RequestInput, wanted: Tensor) -> np.ndarray:
-    """Return a tensor as an array. Raises ValueError where it is not the wanted one.
+    """Return a tensor as an array. Raises ValueError if it does not fit the `wanted` one.
 
-    Sizes and types are checked first, since NumPy converts whatever it is given, at a price.
+    Sizes and types are checked first, since NumPy would convert other types, slowly.
     """
     shape, dtype, data = tuple(given.shape), wanted.sent, given.data
     if given.datatype.upper() != wanted.datatype:
@@ -314,14 +314,14 @@ def _read_tensor(given: RequestInput, wanted: Tensor) -> np.ndarray:
             data = list(itertools.chain.from_iterable(data))
         if len(data) != count:
             raise ValueError(f"it takes {count} elements, but {len(data)} came")
-        # Nulls would become NaN, strings and booleans numbers.
+        # NumPy would convert null to NaN, and strings and booleans to numbers.
         if not set(map(type, data)) <= types:
             raise ValueError(f"not all of it are {what}")
         if dtype.kind == "f":
             with np.errstate(over="ignore"):
                 return np.fromiter(data, np.float64, count).astype(np.float32).reshape(shape)
         array = np.array(data, bool if dtype.kind == "b" else None)
-        if array.dtype.kind not in "iub":  # whole numbers may be of any size
+        if array.dtype.kind not in "iub":  # integers in JSON may have any size
             raise ValueError("some of it do not fit into 64 bits")
     except (ValueError, OverflowError, TypeError) as error:
         raise ValueError(
@@ -331,9 +331,9 @@ def _read_tensor(given: RequestInput, wanted: Tensor) -> np.ndarray:
 
 
 def check_parameters(where: str, given: Mapping[str, Any] | None, known: Set[str]) -> None:
-    """Raise InvalidInput for parameters of a wrong type, or that would be ignored.
+    """Raise InvalidInput for unknown parameters, such as Triton's, and for invalid booleans.
 
-    Triton's classification is one of these.
+    Unknown ones are refused because they would be ignored.
     """
     if unknown := [name for name in given or () if name not in known]:
         raise InvalidInput(f"{where} has no parameters {unknown}, only {sorted(known)}")
@@ -344,8 +344,8 @@ def check_parameters(where: str, given: Mapping[str, Any] | None, known: Set[str
 
 
 def response_of(reply: Reply, request: InferenceRequest, servable: Servable) -> Response:
-    """Return the response to a request that was checked, with what its reply rests on."""
-    # By lists: NumPy takes longer for the numbers of one query.
+    """Return the response to a checked request, with the sources and expected errors of answers."""
+    # With lists: NumPy is slower for the few numbers of one query.
     exact = reply.exact.tolist()
     disagreement, error = (
         [UNKNOWN if math.isnan(value) else value for value in values.tolist()]
@@ -369,7 +369,7 @@ def response_of(reply: Reply, request: InferenceRequest, servable: Servable) -> 
     outputs["exact"] = "BOOL", reply.exact
     outputs["expected_disagreement"] = "FP32", np.array(disagreement, np.float32)
     outputs["expected_error"] = "FP32", np.array(error, np.float32)
-    # An output that does not say so is binary if the request says that all are.
+    # The request's `binary_data_output` is the default for outputs without `binary_data`.
     every = (request.parameters or {}).get("binary_data_output", False)
     wanted = {each.name: each.parameters or {} for each in request.outputs or ()}
     wanted = wanted or {name: {} for name in outputs}

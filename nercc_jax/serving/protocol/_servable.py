@@ -1,9 +1,8 @@
 """A model that can be served: a callable on a batch, its named tensors, and their rows.
 
-The batcher and its coder know only arrays of which each row is a query, or an answer: a code acts
-on every number alike. So the tensors of a query are packed into one row before they reach the
-batcher, and unpacked in front of the model, in its own program. A model of one array needs none of
-that.
+The batcher and its coder handle only arrays in which each row is a query, or an answer. So the
+tensors of a query are packed into one row before they reach the batcher, and unpacked inside the
+model's compiled program. A model of one array needs no packing.
 """
 
 import contextlib
@@ -27,7 +26,7 @@ from ...pools.batch import reason_of
 from ..core._setup import fit_rows
 
 FLOAT = "FP32"
-# By the protocol's datatype, the dtype on the wire.
+# By the protocol's datatype, the dtype in binary data.
 DTYPES: Mapping[str, np.dtype] = {
     "BOOL": np.dtype("bool"),
     **{f"{'U' * unsigned}INT{8 * size}": np.dtype(f"<{'iu'[unsigned]}{size}")
@@ -61,11 +60,11 @@ class Tensor:
 
     @property
     def about(self) -> dict[str, Any]:
-        """Its metadata."""
+        """The tensor's metadata."""
         return {"name": self.name, "datatype": self.datatype, "shape": [-1, *self.shape]}
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
-        """Raise ValueError where it is not the shape of one query or more."""
+        """Raise ValueError if it is not the shape of one or more queries."""
         if len(shape) != len(self.shape) + 1 or shape[1:] != self.shape or shape[0] < 1:
             raise ValueError(f"the model takes {self}, not of shape {list(shape)}")
 
@@ -81,8 +80,8 @@ class Tensor:
 class Tensors:
     """The tensors of a query or an answer; `alone` if the model has one array instead of a dict.
 
-    A row is the tensor itself where there is one; otherwise all have the same dtype, and a row has
-    shape (d,), all numbers of all tensors.
+    A row of a single tensor has its shape. Several tensors must have the same dtype, and a row has
+    shape (d,), with the numbers of all tensors.
     """
 
     parts: tuple[Tensor, ...]
@@ -114,8 +113,8 @@ class Tensors:
     def pack(self, given: Any) -> np.ndarray:
         """Return rows of queries from arrays (B, *shape) by name, or from one array.
 
-        Raises ValueError where a name is missing or unknown, the numbers of queries differ, or as
-        `Tensor.fit`.
+        Raises ValueError if a name is missing or unknown, or the numbers of queries differ, and as
+        `Tensor.fit` does.
         """
         columns = self.fit(given)
         if len(columns) == 1:
@@ -137,7 +136,7 @@ class Tensors:
         return columns
 
     def check_names(self, names: Sequence[str]) -> None:
-        """Raise ValueError where a name is missing, unknown, or there twice."""
+        """Raise ValueError if a name is missing, unknown, or duplicate."""
         if sorted(names) != sorted(self.names):
             missing = [name for name in self.names if name not in names]
             unknown = [name for name in names if name not in self.names]
@@ -146,14 +145,14 @@ class Tensors:
             raise ValueError(f"the model takes {self}, not inputs {list(names)}: {problem}")
 
     def refuse(self, rows: np.ndarray) -> str | None:
-        """Return why rows are no valid answers, None if they are: an output is not finite."""
+        """Return which output of the rows is not finite; None if all are."""
         for name, array in self.named(rows).items():
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 return f"the model's output {name!r} is not finite"
         return None
 
     def named(self, rows: Any) -> dict[str, Any]:
-        """Return arrays by name, of NumPy's or JAX's rows."""
+        """Return NumPy's or JAX's rows as arrays by name."""
         if len(self.parts) == 1:
             return {self.parts[0].name: rows}
         found, begin = {}, 0
@@ -170,7 +169,7 @@ class Tensors:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowModel:
-    """A model of named tensors as a model of rows, which workers run."""
+    """A wrapper that turns a model of named tensors into a model of rows, which workers run."""
 
     func: Any
     inputs: Tensors = dataclasses.field(metadata={"static": True})
@@ -193,24 +192,24 @@ ADDED = (
     Tensor("expected_error", FLOAT, ()),
 )
 
-# The shape of a query, or shapes by name where the model takes a dict of arrays.
+# The shape of a query, or shapes by name if the model takes a dict of arrays.
 Shapes = Sequence[int] | Mapping[str, Sequence[int]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Servable:
-    """A model to serve; `make_servable` makes one.
+    """A model to serve; `make_servable` creates one.
 
     Attributes:
         name: the name that clients use.
-        model: maps rows of inputs, (B, ...), to rows of outputs (above).
+        model: maps rows of inputs, (B, ...), to rows of outputs (`Tensors`).
         inputs: the input tensors.
         outputs: the output tensors.
-        calibration: rows of unlabelled inputs, or a function that returns them, to estimate errors
-            from; None to estimate them from the traffic.
-        preprocess: turns a batch of inputs into what the model takes, floats, before it is coded;
-            None where the model takes the inputs themselves.
-        prepared: the tensors that preprocessing makes.
+        calibration: rows of unlabelled inputs, or a function that returns them, from which errors
+            are estimated; None to estimate them from the traffic.
+        preprocess: turns a batch of inputs into the model's floats, before queries are coded; None
+            if the model takes the inputs themselves.
+        prepared: the tensors that preprocessing returns; None without it.
         version: the model's version, a positive number.
     """
 
@@ -238,18 +237,18 @@ class Servable:
                 raise ValueError(f"{self.name}: {some} have several datatypes: cast them to one")
 
     def on_rows(self, model: Model) -> Model:
-        """Return another model with the same inputs and outputs, as a model on rows."""
+        """Return a model with these inputs and outputs as a model of rows."""
         alone = self.queries.alone and self.outputs.alone
         return model if alone else RowModel(model, self.queries, self.outputs)
 
     @property
     def queries(self) -> Tensors:
-        """The tensors that the model takes, of which rows are made."""
+        """The tensors that the model takes, which are packed into rows."""
         return self.inputs if self.prepared is None else self.prepared
 
     @property
     def growth(self) -> float:
-        """The bytes of a preprocessed query, as a multiple of the input's (0: none)."""
+        """The bytes of a query after preprocessing, as a multiple of the input's; 0 without any."""
         if self.preprocess is None:
             return 0.0
         sent = sum(math.prod(each.shape) * each.sent.itemsize for each in self.inputs.parts)
@@ -277,28 +276,28 @@ def make_servable(
     preprocess: Callable[..., Any] | None = None,
     version: str = "1",
 ) -> Servable:
-    """Describe a model by tracing it on one query.
+    """Describe a model to serve, by tracing it on one query.
 
-    A model that returns one array has one output, `output_name`. Of a dict of arrays, or a tuple
-    with named fields, each array is an output of its name; of any other tuple they are
-    `output_name` with their places, `output_0`, `output_1`; nested names are joined by dots.
+    A model that returns one array has one output, `output_name`. The arrays of a dict or a named
+    tuple are outputs with their own names; those of another tuple are `output_name` with their
+    numbers, `output_0`, `output_1`. Nested names are joined by dots.
 
     Args:
         name: the name that clients use, without a slash.
-        model: a callable on a batch; a model of several inputs takes a dict of arrays.
+        model: a callable on a batch; a model with several inputs takes a dict of arrays.
         shape: the shape of one query, or a dict of shapes.
         datatype: the protocol's datatype ("FP32", "INT64", ...) of all inputs, or a dict of them.
         output_name: the name of an unnamed output.
         calibration: unlabelled inputs, (points, *shape), or a dict of them; or a function that
-            returns them as rows of what the model takes, called when they are needed.
-        preprocess: a function that turns a batch of inputs, such as bytes of images, into the
-            floats that the model takes, (B, ...), by JAX. It runs on the host before queries are
-            coded, so that inputs of any datatype can be.
+            returns them as rows of the model's inputs, called when they are needed.
+        preprocess: a JAX function that turns a batch of inputs, such as bytes of images, into the
+            model's floats, (B, ...). It runs on the host before queries are coded, so that inputs
+            of any datatype can be coded.
         version: the model's version, a positive number.
 
     Raises:
-        ValueError: where the model does not run on such a query, returns anything but float32,
-            integers and booleans with an axis B, or is in training mode; where `datatype` or
+        ValueError: if the model does not run on such a query, returns anything but float32,
+            integers and booleans with an axis B, or is in training mode; or if `datatype` or
             `calibration` do not fit.
     """
     check_model(model)
@@ -315,7 +314,7 @@ def make_servable(
     inputs, prepared = Tensors(tuple(parts), alone), None
 
     def traced(what: str, function: Callable[..., Any], tensors: Tensors, on: str) -> Any:
-        """Return what a function makes of one query, without computing it."""
+        """Return the shapes of a function's result for one query, without computing it."""
         one = {p.name: jax.ShapeDtypeStruct((1, *p.shape), p.dtype) for p in tensors.parts}
         try:
             return eqx.filter_eval_shape(function, one[INPUT] if tensors.alone else one)
@@ -368,22 +367,22 @@ def make_servable(
 
 
 class Preprocessing:
-    """A servable's preprocessing: compiled, in batches, on the host's CPU, off the event loop."""
+    """A servable's preprocessing, compiled for some batch sizes, on the host's CPU."""
 
     def __init__(self, servable: Servable, sizes: Sequence[int]):
-        """Compile it for batches of these sizes, in ascending order; others are filled up."""
+        """Compile it for batches of these sizes, in ascending order; other batches are padded."""
         assert servable.preprocess is not None
         self._inputs, self._queries = servable.inputs, servable.queries
         self._sizes, self._function = sizes, jax.jit(servable.preprocess)
         for size in sizes:
             zeros = {p.name: np.zeros((size, *p.shape), p.dtype) for p in self._inputs.parts}
-            with contextlib.suppress(ValueError):  # what it makes of zeros may not be finite
+            with contextlib.suppress(ValueError):  # its result for zeros may not be finite
                 self(zeros[INPUT] if self._inputs.alone else zeros)
 
     def __call__(self, given: Any) -> Float[np.ndarray, "batch ..."]:
-        """Return rows of floats from an array (B, *shape), or by name if there are several.
+        """Return rows of floats from an array (B, *shape), or from several arrays by name.
 
-        Raises ValueError for inputs that do not fit, or whose preprocessing is not finite.
+        Raises ValueError if the inputs do not fit, or the result is not finite.
         """
         columns = self._inputs.fit(given)
         number = len(columns[self._inputs.names[0]])

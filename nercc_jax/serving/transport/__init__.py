@@ -1,1 +1,1 @@
-"""The transports: HTTP and gRPC, what both ask of the server, and the server's life."""
+"""The transports: HTTP and gRPC, the state that both use, and the server that runs them."""

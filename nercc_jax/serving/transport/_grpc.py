@@ -1,4 +1,4 @@
-"""The gRPC server: the Open Inference Protocol and Triton's repository.
+"""The gRPC server: the Open Inference Protocol, and Triton's model repository.
 
 Messages are those of `open_inference.proto`.
 """
@@ -32,7 +32,7 @@ from ._state import ServerState
 _LOG = logging.getLogger(__name__)
 
 _SERVICE = messages.DESCRIPTOR.services_by_name["GRPCInferenceService"]
-# By datatype, the field of a tensor's contents.
+# By datatype, the field of a tensor's contents in a message.
 _CONTENTS = {
     "BOOL": "bool_contents",
     **dict.fromkeys(("UINT8", "UINT16", "UINT32"), "uint_contents"),
@@ -41,21 +41,21 @@ _CONTENTS = {
     "INT64": "int64_contents",
     "FP32": "fp32_contents",
 }
-# By Python type, the field of a parameter. KServe's clients know no doubles.
+# By Python type, the field of a parameter. KServe's clients cannot read doubles.
 _PARAMETERS = {bool: "bool_param", int: "int64_param", str: "string_param"}
 
 
 class GrpcServer:
-    """The gRPC server, which listens nowhere yet, and how it stops.
+    """The gRPC server, which does not listen yet, and its graceful stop.
 
-    When gRPC stops accepting, it cancels the calls that it has received and not handed over yet,
-    which their clients would see as CANCELLED. So calls that come while the server stops are taken
-    and held first, until none comes any more: clients that wait for answers send nothing. Then gRPC
-    stops accepting, and the calls that were held are refused as UNAVAILABLE.
+    When gRPC stops accepting, it cancels the calls that it has received but not handed over yet,
+    and their clients see CANCELLED. So calls that arrive while the server stops are held first,
+    until no more arrive; clients that wait for answers send nothing. Then gRPC stops accepting, and
+    the calls that were held are refused as UNAVAILABLE.
     """
 
-    # Seconds without a call after which gRPC stops accepting (under load, calls that have been sent
-    # take more than 0.1 s to arrive), and seconds after which it stops accepting in any case.
+    # Seconds without a call after which gRPC stops accepting (under load, calls that were sent take
+    # more than 0.1 s to arrive), and the most seconds until then.
     quiet_s, most_s = 0.2, 1.0
 
     def __init__(self, state: ServerState):
@@ -83,9 +83,9 @@ class GrpcServer:
     async def _guarded(
         self, method: Any, given: bytes, context: grpc.aio.ServicerContext
     ) -> Message | None:
-        """Answer a call of bytes: it needs a token, waits while gRPC stops, and has a status."""
+        """Answer a call, or abort it with the status of the error; check its token first."""
         try:
-            if method.name not in ("ServerLive", "ServerReady"):  # for probes
+            if method.name not in ("ServerLive", "ServerReady"):  # probes have no token
                 token = dict(context.invocation_metadata() or ()).get("authorization", "")
                 self._state.check_token(token if isinstance(token, bytes) else token.encode())
             if self._began < math.inf:
@@ -126,18 +126,18 @@ class GrpcServer:
         else:
             of_model = "name" in asked.DESCRIPTOR.fields_by_name
             found = state.says[name](*((asked.name, asked.version) if of_model else ("", "")))
-        # The metadata's parameters are no field of these messages.
+        # These messages have no field for the metadata's parameters.
         response = GetMessageClass(method.output_type)()
         return ParseDict(found, response, ignore_unknown_fields=True)
 
     async def stop(self, *, at_once: bool = False) -> None:
-        """Accept no more calls, and wait for those that were accepted, or end them at once."""
+        """Accept no more calls, and wait for accepted ones, or end them at once."""
         if self._began == math.inf:
             self._began = self._last = time.monotonic()
         end = self._began + self.most_s
         while time.monotonic() < min(self._last + self.quiet_s, end):
             await asyncio.sleep(self.quiet_s / 5)
-        # As long as whoever stops the server lets it.
+        # An almost infinite grace period: the caller bounds the wait.
         stopping = asyncio.create_task(self.server.stop(None if at_once else 1e6))
         await asyncio.sleep(self.quiet_s / 5)
         self._refuses.set()
@@ -147,18 +147,18 @@ class GrpcServer:
 def read_message(message: messages.ModelInferRequest) -> InferenceRequest:
     """Return a message as a request.
 
-    Raises InvalidInput where raw contents do not fit the inputs.
+    Raises InvalidInput if its raw contents do not fit its inputs.
     """
     raw = message.raw_input_contents
     if raw and len(raw) != len(message.inputs):
         raise InvalidInput(f"{len(message.inputs)} inputs have {len(raw)} raw contents")
 
     def parameters_of(given: Mapping[str, Any]) -> Any:
-        """Return parameters without what gRPC wraps them in."""
+        """Return the values of parameters, without their gRPC messages."""
         if not given:
             return None
         kinds = {name: value.WhichOneof("parameter_choice") for name, value in given.items()}
-        odd = "of an unknown kind"  # which no parameter may be
+        odd = "of an unknown kind"  # an invalid value, which `question_of` refuses
         return {name: getattr(given[name], kind) if kind else odd for name, kind in kinds.items()}
 
     inputs, outputs = [], []

@@ -1,4 +1,4 @@
-"""REST: a table of paths, the limits of every body, and inference."""
+"""The REST application: a table of paths, limits of bodies, and inference."""
 
 import asyncio
 import contextlib
@@ -29,7 +29,7 @@ from ..protocol._messages import (
 from ._state import ServerState
 
 _MODEL = "/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?"
-# Methods and paths, with what they ask for; what the server says has the name of gRPC's method.
+# Methods, paths, and the actions to take; entries of `ServerState.says` are gRPC's method names.
 _PATHS = [
     ("POST", re.compile(f"{_MODEL}/infer"), "infer"),
     ("GET", re.compile("/v2/health/live"), "ServerLive"),
@@ -45,7 +45,7 @@ _PATHS = [
     ("POST", re.compile("/v2/repository/models/(?P<name>[^/]+)/load"), "load"),
     ("POST", re.compile("/v2/repository/models/(?P<name>[^/]+)/unload"), "unload"),
 ]
-# Paths that need no token: probes have none, and the status page sends that of its own address.
+# Paths without a token: probes have none, and the status page gets its token from its own address.
 _OPEN = frozenset(("/", "/v2/health/live", "/v2/health/ready"))
 _RETRY = {"retry-after": "1"}
 _HEADERS = {401: {"www-authenticate": "Bearer"}, 429: _RETRY, 503: _RETRY}  # by status
@@ -58,18 +58,18 @@ _MOST_JSON = 2**20  # bytes of a request's JSON, without binary tensors
 class RestApp:
     """The ASGI application of a server.
 
-    Whoever asks for a body gets `TooLarge` instead, by the header or as soon as too much has come.
-    Where an answer is given before a large body has come, the rest is received and dropped, slowly,
-    and then the connection is closed: a client that sends everything before it reads finds the
-    answer, and costs the others little. An unexpected exception is answered by an error of the
-    protocol, and raised.
+    Receiving a body that is too large raises `TooLarge`, from its header or as soon as too many
+    bytes have arrived. If an answer is ready before a large body has arrived, the rest is received
+    slowly and dropped, and then the connection is closed: a client that sends its whole body before
+    it reads still gets the answer, and hardly slows down others. After an unexpected exception the
+    client gets an error of the protocol, and the exception is raised again.
     """
 
-    # Seconds for which the rest of a body is received at most, and between two pieces of it (of 64
-    # KiB or more), over all connections.
+    # The most seconds for which the rest of a body is received, and the seconds between two pieces
+    # of it (of 64 KiB or more), over all connections.
     linger_s, pause_s = 5.0, 0.005
-    # Seconds until the server starts to look whether the client is still there, which takes a task
-    # that most answers come sooner than.
+    # Seconds until the server starts a task that notices when the client disconnects. Most answers
+    # are ready before that.
     watch_after_s = 0.02
 
     def __init__(self, state: ServerState, registry: CollectorRegistry):
@@ -98,7 +98,7 @@ class RestApp:
             return message
 
         async def send_and_close(message: Message) -> None:
-            # Uvicorn drops what is small by itself.
+            # Uvicorn itself drops the rest of small bodies.
             if more and (chunked or announced > 2**16):
                 if message["type"] == "http.response.start":
                     close = (b"connection", b"close")
@@ -116,13 +116,13 @@ class RestApp:
         try:
             response = await self._answer(scope, headers, receive_within_limits)
         except ClientDisconnect:
-            response = Response(status_code=499)  # nginx's, for a client that went away
+            response = Response(status_code=499)  # nginx's status for a client that disconnected
         except tuple(KINDS) as error:
             status = KINDS[type(error)].http
             response = JSONResponse({"error": message_of(error)}, status, _HEADERS.get(status))
         except Exception:
             await JSONResponse({"error": INTERNAL}, 500)(scope, receive, send_and_close)
-            raise  # for the server around it to log
+            raise  # uvicorn logs it
         await response(scope, receive_within_limits, send_and_close)
 
     async def _answer(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive) -> Any:
@@ -149,7 +149,7 @@ class RestApp:
                 return await self._infer(name, version, scope, headers, receive)
             case "page":
                 return HTMLResponse(self._page)
-            case "status":  # other threads put it together, because it takes milliseconds
+            case "status":  # in another thread, because it takes milliseconds
                 content = await asyncio.to_thread(state.status)
                 return JSONResponse(content, headers={"cache-control": "no-store"})
             case "metrics":
@@ -170,7 +170,7 @@ class RestApp:
         return JSONResponse(said)
 
     async def _field(self, receive: Receive, name: str, default: Any) -> Any:
-        """Return a field of a small body, which may be empty; it is of the default's type."""
+        """Return a field of a JSON body, which may be empty; it must have the default's type."""
         with self._state.hold() as add:
             body = await read_body(receive, add)
             try:
@@ -208,7 +208,7 @@ class RestApp:
         return Response(content, headers=about)
 
     async def _while_connected(self, receive: Receive, answer: Coroutine[Any, Any, Any]) -> Any:
-        """Await the answer; raise ClientDisconnect once the client has gone away."""
+        """Await the answer; cancel it and raise ClientDisconnect if the client disconnects."""
         asker = asyncio.current_task()
         assert asker is not None
         gone, watchers = False, []
@@ -226,7 +226,7 @@ class RestApp:
         try:
             return await answer
         except asyncio.CancelledError:
-            if not gone or asker.uncancel():  # by somebody else
+            if not gone or asker.uncancel():  # cancelled by another caller
                 raise
             raise ClientDisconnect from None
         finally:
@@ -236,10 +236,10 @@ class RestApp:
 
 
 async def read_body(receive: Receive, add: Callable[[int], None]) -> bytearray:
-    """Return the body of a request, whose bytes `add` counts as they come.
+    """Return the body of a request; `add` is called with the bytes of each part.
 
     Raises:
-        ClientDisconnect: where the client goes away.
+        ClientDisconnect: if the client disconnects.
         Exception: as `add` and `receive` do.
     """
     body, more = bytearray(), True

@@ -1,4 +1,4 @@
-"""The server's life: it listens by HTTP and gRPC, starts its models, and drains at a signal."""
+"""The server: listens by HTTP and gRPC, starts its models, and drains at a signal."""
 
 import asyncio
 import contextlib
@@ -30,7 +30,7 @@ from ._grpc import GrpcServer
 from ._rest import RestApp
 from ._state import TICK, ServerState, in_background
 
-try:  # it takes less time for each request; there is none for Windows
+try:  # uvloop is faster; it does not exist for Windows
     from uvloop import new_event_loop
 except ImportError:
     from asyncio import new_event_loop
@@ -39,21 +39,21 @@ _LOG = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _NOT_MAIN_THREAD = ValueError, RuntimeError  # raised where signals cannot be handled
-# Seconds in which the last errors may reach their clients, if draining takes too long, and seconds
-# after draining at which nothing is waited for any more, whatever models do.
+# Seconds in which the last errors may reach clients if draining takes too long, and seconds after
+# draining after which the server no longer waits for models to close.
 _LAST_ERRORS, _LAST_WAIT = 3.0, 4.5
 
 
 class Server:
     """A server of some models, by REST and gRPC.
 
-    `run` it, `await serve()` in a loop of your own, or use it as a context manager, which serves
-    from a thread and enters once all models are ready. See `make_server`.
+    Call `run`, `await serve()` in an event loop of your own, or use it as a context manager, which
+    serves from a thread and enters once all models are ready. See `make_server`.
 
     Attributes:
         settings: the server's settings.
-        starts: by each model's name, the function that starts it.
-        state: its models, and what they were asked.
+        starts: by model name, the function that starts the model.
+        state: its models and its load.
         http_port: the port of REST; 0 before it listens.
         grpc_port: the port of gRPC; 0 before it listens.
         ends_by: the monotonic time by which `run` and `serve` return; infinite before it drains.
@@ -69,20 +69,20 @@ class Server:
     ):
         """Create a server that does not listen yet.
 
-        By each model's name, a function starts it, which may take minutes. Requests
-        are `spans` by a provider of OpenTelemetry's SDK, which is shut down at the end; by default
-        as OpenTelemetry's variables say.
+        `starts` has, by model name, a function that starts the model, which may take minutes.
+        `spans` is a provider of OpenTelemetry's SDK, which is shut down at the end (default: one
+        configured by OpenTelemetry's environment variables).
 
         Raises:
-            ImportError: where they ask for packages that are missing.
-            ValueError: for files of tokens or TLS that are missing.
+            ImportError: if these variables need packages that are missing.
+            ValueError: if a file of tokens or TLS is missing.
         """
         self.settings, self.starts = settings or ServerSettings(), dict(starts)
         spans = spans or provider_from_environment()
         self.state = ServerState(self.starts, self.settings, spans)
         self.settings.tls_pem()
         registry = registry or CollectorRegistry()
-        with contextlib.suppress(ValueError):  # it is there already, if a server had the registry
+        with contextlib.suppress(ValueError):  # an earlier server has registered it
             ProcessCollector(registry=registry)
         self._http = uvicorn.Server(
             uvicorn.Config(
@@ -94,15 +94,15 @@ class Server:
                 ws="none",
                 log_config=None,
                 access_log=False,
-                proxy_headers=False,  # nothing asks for whom a proxy speaks
+                proxy_headers=False,  # the client's address is not used
                 lifespan="off",
                 limit_concurrency=self.state.max_connections,
                 timeout_keep_alive=65,
-                # Ours ends first, see `_drain`.
+                # The server's own timeouts end first: see `_drain`.
                 timeout_graceful_shutdown=int(self.settings.drain_timeout_s + 2 * _LAST_ERRORS) + 1,
             )
         )
-        # Uvicorn would end at a signal, before the server can say that it drains.
+        # Uvicorn would end at a signal, before the server can report that it drains.
         self._http.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue]
         self._grpc: GrpcServer | None = None
         self.http_port = self.grpc_port = 0
@@ -116,9 +116,9 @@ class Server:
         """Serve until SIGTERM or SIGINT, then drain.
 
         Raises:
-            SystemExit: with a shell's code, where a signal came before all models had started. A
+            SystemExit: with a shell's exit code, if a signal came before all models had started. A
                 thread may still be starting one.
-            Exception: as `serve`.
+            Exception: as `serve` does.
         """
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(self.serve())
@@ -129,14 +129,14 @@ class Server:
         """Listen, start the models, serve until `stop` or a signal, drain, and close the models.
 
         Signals are handled if this is the main thread's loop. A model that does not close in time
-        is left behind, with its threads.
+        is abandoned, with its threads.
 
         Raises:
-            OSError: where a port is taken.
+            OSError: if a port is taken.
             Exception: as starting a model does.
         """
-        with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has none
-            import resource  # each connection is a file
+        with contextlib.suppress(ImportError, OSError, ValueError):  # Windows lacks `resource`
+            import resource  # each connection is an open file
 
             _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -176,7 +176,7 @@ class Server:
                 _LOG.warning("left behind: it does not close", extra={"left": left})
 
     def stop(self) -> None:
-        """Drain: answer what was accepted, and nothing new. The second time, end at once."""
+        """Drain: answer only requests accepted before. A second call ends the server at once."""
         models = self.state.models
         self._at_once = models.draining or not models.started
         models.draining = True
@@ -213,7 +213,7 @@ class Server:
         self._thread.join()
 
     async def _answer(self, http: asyncio.Task) -> None:
-        """Listen by gRPC, too, start the models, and answer until the server drains."""
+        """Listen by gRPC, start the models, and serve until the server drains."""
         models, begin, settings = self.state.models, time.monotonic(), self.settings
         self.http_port = self._http.servers[0].sockets[0].getsockname()[1]
         if settings.grpc_port is not None:
@@ -232,27 +232,27 @@ class Server:
         address: dict[str, Any] = {"host": settings.host, "http_port": self.http_port}
         address["grpc_port"] = self.grpc_port if self._grpc else None
         _LOG.info("listening", extra=address)
-        await models.start_all(self._catch_signals)  # Ray handles them, too
+        await models.start_all(self._catch_signals)  # repeated, since Ray sets its own handlers
         self._catch_signals()
         if models.complete:
-            # A full collection of garbage stops all threads, and looks at all that was compiled.
+            # A full garbage collection would stop all threads and visit all compiled code.
             gc.collect()
             gc.freeze()
             address["seconds"] = round(time.monotonic() - begin, 3)
             _LOG.info("ready", extra={**address, "models": list(models.started)})
         while not models.draining and not http.done():
-            # Something will end this process soon.
+            # Drain in time before Ray ends this process.
             left = models.ends_at - time.monotonic()
             if left < settings.drain_timeout_s + 2 * _LAST_ERRORS:
                 self.stop()
             await asyncio.sleep(TICK)
 
     async def _drain(self, http: asyncio.Task) -> None:
-        """Be not ready, then accept nothing new, and fail what takes too long."""
+        """Stay unready for `drain_delay_s`; then accept no more, and fail slow requests."""
         ends: list[asyncio.Future[Any]] = []
 
         async def wait(seconds: float) -> bool:
-            """Wait until all faces have ended, but no longer, and not if told to end at once."""
+            """Return True once all transports have ended; False at a timeout, or to end at once."""
             end = time.monotonic() + seconds
             while not (ends and all(face.done() for face in ends)):
                 if self._at_once or time.monotonic() >= end:
@@ -279,7 +279,7 @@ class Server:
         http.cancel()
 
     def _catch_signals(self) -> None:
-        """Handle signals. Repeated while models start: Ray would take SIGTERM for its own crash."""
+        """Handle signals; repeated while models start, since Ray installs a handler of its own."""
 
         def interrupt(which: signal.Signals) -> None:
             self._signal = which
@@ -324,18 +324,19 @@ def make_server(
 
     Args:
         model: a callable on a batch, or the result of `make_servable`.
-        code: the code of its queries; by default NeRCC with K and N from `settings`, or none where
-            inputs or outputs cannot be coded.
-        shape: the shape of one query without the batch axis; not for a `Servable`.
-        name: the name that clients use; not for a `Servable`.
+        code: the code of its queries (default: NeRCC with K and N from `settings`, or none if
+            inputs or outputs cannot be coded).
+        shape: the shape of one query without the batch axis; ignored for a `Servable`.
+        name: the name that clients use; ignored for a `Servable`.
         calibration: unlabelled inputs, (points, *shape), or a function that returns them, from
-            which the error of decoded answers is estimated; by default from the traffic.
-        predictor: a surrogate that answers stragglers' queries.
+            which the error of decoded answers is estimated (default: from the traffic). Ignored for
+            a `Servable`.
+        predictor: a surrogate that answers stragglers' queries (default: none).
         settings: the model's settings, such as workers and batching.
         server_settings: the server's settings, such as ports and limits.
 
     Raises:
-        ValueError: for a model without a shape, or that cannot be served (`make_servable`).
+        ValueError: if a model has no shape, or cannot be served (`make_servable`).
     """
     if not isinstance(model, Servable):
         if shape is None:

@@ -1,6 +1,6 @@
-"""The state of the server: its models and its load, and the answers that both faces give.
+"""The state of the server: its models and its load, and the answers for both transports.
 
-`Models` knows which models there are, whether they answer, and how they start and end.
+`Models` starts and closes the models, and reports their health.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ from ..protocol._servable import ADDED
 from ..settings import ServerSettings
 
 _LOG = logging.getLogger(__name__)
-# Seconds between looks at whether something happened.
+# The polling interval, in seconds.
 TICK = 0.02
 
 
@@ -49,10 +49,10 @@ class Models:
 
     Attributes:
         starts: by name, a function that starts the model, which may take minutes.
-        started: those that answer.
-        names: the names of all that are started or will be.
-        complete: whether the server's start is over.
-        draining: whether the server accepts nothing new any more.
+        started: the models that have started, by name.
+        names: the names of the models that have started or will start.
+        complete: whether all models have started, when the server started.
+        draining: whether the server accepts no new requests any more.
     """
 
     def __init__(self, settings: ServerSettings, starts: Mapping[str, Callable[[], ServedModel]]):
@@ -72,7 +72,7 @@ class Models:
         return "serving" if self.complete else "starting"
 
     def check_live(self) -> None:
-        """Raise ServerNotReady where only a restart would help."""
+        """Raise ServerNotReady if a model is not live, so that only a restart would help."""
         for key, model in list(self.started.items()):
             if not (health := model.health()).live:
                 raise ServerNotReady(f"{key}: {health.trouble}")
@@ -94,13 +94,13 @@ class Models:
 
     @property
     def ends_at(self) -> float:
-        """The monotonic time at which something will end this process; infinite for nothing."""
+        """The monotonic time at which Ray will end this process; infinite if it will not."""
         return min((model.pool.ends_at for model in self.started.values()), default=math.inf)
 
     # Names.
 
     def _check(self, name: str, version: str) -> None:
-        """Raise ModelNotFound where there is no such model or version, nor will be."""
+        """Raise ModelNotFound if there is no such model or version, started or to be started."""
         if name not in self.names:
             raise ModelNotFound(name)
         if version and name in self.started and version != self.started[name].servable.version:
@@ -114,7 +114,7 @@ class Models:
         return self.started[name]
 
     def index(self, ready: bool = False) -> list[dict[str, str]]:
-        """Return all models with their states, by Triton's extension; or only those ready."""
+        """Return all models, or only `ready` ones, with their states, as in Triton's extension."""
         index = []
         for name in self.starts:
             state, why = "READY", self.trouble(name) if name in self.names else "unloaded"
@@ -131,7 +131,7 @@ class Models:
 
     def _start(self, key: str) -> None:
         self.started[key] = self.starts[key]()
-        if self.draining:  # the others may have been closed by now
+        if self.draining:  # `close_all` may have run before
             self._close(key, self.started[key])
 
     def _close(self, key: str, model: ServedModel, drain: float = 0.0) -> None:
@@ -139,9 +139,9 @@ class Models:
         _LOG.info("model is closed", extra={"model": key})
 
     async def start_all(self, meanwhile: Callable[[], None]) -> None:
-        """Start the models one by one, until they have started or the server drains.
+        """Start the models one by one, until all have started or the server drains.
 
-        Raises as the start of a model does.
+        `meanwhile` is called every few milliseconds. Raises as the start of a model does.
         """
         for key in self.starts:
             if self.draining:
@@ -156,9 +156,9 @@ class Models:
         self.complete = len(self.started) == len(self.starts)
 
     def close_all(self) -> dict[str, asyncio.Future[Any]]:
-        """Begin to close all models, and return when each is closed.
+        """Begin to close all models; return a future of each one's end.
 
-        A model that hangs may never be, so that nobody may have to wait for them.
+        A model that hangs may never close, so a wait for these futures needs a timeout.
         """
         for key, model in list(self.started.items()):
             if key not in self._closing:
@@ -166,18 +166,18 @@ class Models:
         return dict(self._closing)
 
     async def control(self, name: str, parameters: Mapping[str, Any], *, load: bool) -> None:
-        """Start a model; or answer what it accepted, and end it.
+        """Load a model, or unload it after it has answered its accepted requests.
 
-        That is done to its end, although the client may go away. The parameters are a client's.
+        This is completed even if the client disconnects. `parameters` are those of the request.
 
         Raises:
-            NotImplementedError: where clients may not do so.
-            ModelNotFound: for a model that the server was not started with.
-            ServerNotReady: where the server starts or drains.
-            InvalidInput: where a model does not start.
+            NotImplementedError: if clients may not load or unload models.
+            ModelNotFound: if the server was not started with this model.
+            ServerNotReady: if the server starts or drains.
+            InvalidInput: if the model does not start, or a parameter is unknown.
         """
         verb = "load" if load else "unload"
-        # Triton's clients always say whether to unload dependents, which there are none of.
+        # Triton's clients always send `unload_dependents`; models here have none.
         check_parameters(f"to {verb} a model", parameters, {"unload_dependents"})
         if self._settings.model_control != "explicit":
             raise NotImplementedError(
@@ -197,19 +197,19 @@ class Models:
                     except Exception as error:
                         self.names.remove(name)
                         _LOG.exception("not loaded", extra={"model": name})
-                        own = isinstance(error, ValueError)  # the server's own words
+                        own = isinstance(error, ValueError)  # the server's own message
                         why = error if own else "see the server's log"
                         raise InvalidInput(f"{name} does not load: {why}") from error
-                    gc.freeze()  # as when the server starts
+                    gc.freeze()  # as after the server's start
                 elif not load and name in self.started:
                     self.names.remove(name)
                     drain = self._settings.drain_timeout_s
                     model = functools.partial(self._close, name, self.started.pop(name), drain)
                     self._closing[name] = in_background(model)
-                    del model  # or it would hold what is to be freed
+                    del model  # a reference to the model, which must be freed
                     await self._closing[name]
                     del self._closing[name]
-                    gc.unfreeze()  # what it leaves is freed, too
+                    gc.unfreeze()  # so that the model's frozen objects are freed
                     await in_background(gc.collect)
                     gc.freeze()
 
@@ -217,9 +217,9 @@ class Models:
 
 
 def in_background(work: Callable[[], Any]) -> asyncio.Future[Any]:
-    """Begin work in a thread that a process does not wait for when it ends."""
+    """Run work in a daemon thread, for which the process does not wait when it ends."""
     ended: concurrent.futures.Future[Any] = concurrent.futures.Future()
-    ended.set_running_or_notify_cancel()  # whoever stops waiting does not cancel it
+    ended.set_running_or_notify_cancel()  # so that a cancelled wait does not cancel it
 
     def run() -> None:
         try:
@@ -239,16 +239,16 @@ _LARGE = 2**16
 
 
 class ServerState:
-    """The models of a server, and the answers to what clients ask.
+    """The models of a server, its admission limits, and the answers to requests.
 
     Attributes:
-        max_connections: HTTP connections, silent ones included, and gRPC calls; more are refused.
+        max_connections: the most HTTP connections, idle ones included, and the most gRPC calls.
         models: the models.
         settings: the server's settings.
         spans: a provider of OpenTelemetry's SDK, if there is one.
         bytes_held: the bytes of all requests, from their first byte to their answer.
-        says: what the server says, as JSON has it, of a model's name and version, or of all, by the
-            names of gRPC's methods.
+        says: by gRPC method name, a function of a model's name and version that returns the health
+            or metadata, of the model or the server, as JSON values.
     """
 
     max_connections = 10_000
@@ -259,7 +259,7 @@ class ServerState:
         settings: ServerSettings,
         spans: Any = None,
     ):
-        """Create the state of models that have not started."""
+        """Create the state, in which no model has started."""
         self.models = models = Models(settings, starts)
         self.settings, self.spans = settings, spans
         self.bytes_held = 0
@@ -282,7 +282,7 @@ class ServerState:
     # Admission.
 
     def check_token(self, authorization: bytes) -> None:
-        """Raise Unauthenticated unless a header or gRPC's metadata have a token that is needed."""
+        """Raise Unauthenticated if a token is needed, and the Authorization header has none."""
         kind, _, token = authorization.strip().partition(b" ")
         known = [hmac.compare_digest(token.strip(), each) for each in self._tokens]
         if self._tokens and not (kind.lower() == b"bearer" and any(known)):
@@ -314,16 +314,16 @@ class ServerState:
 
     @contextlib.contextmanager
     def watch(self, name: str, headers: Callable[[], Mapping[str, str]]) -> Iterator[Any]:
-        """Trace the request of this block by the span it gets, and count it if it is refused."""
+        """Trace the request of this block with a span, which is yielded; count refused requests."""
         span, outcome, why = self._spans.start(name, headers), "ok", None
         try:
             yield span
-        except BaseException as error:  # a client that goes away cancels its call
+        except BaseException as error:  # a client that disconnects cancels its call
             gone = isinstance(error, ClientDisconnect | asyncio.CancelledError)
             kind = KINDS.get(type(error))  # pyright: ignore[reportArgumentType]
             outcome, why = "failed" if kind is None else kind.outcome, error
             outcome = "cancelled" if gone else outcome
-            # What a model's batcher does not see is counted here.
+            # Requests that do not reach a model's batcher are counted here.
             model = self.models.started.get(name)
             if outcome in ("invalid", "overloaded") and model is not None:
                 model.meter.observe(f"request_{outcome}", 0.0)
@@ -341,16 +341,16 @@ class ServerState:
         size: int,
         span: Any,
     ) -> Response:
-        """Read a request and answer it.
+        """Read a request with `read`, and answer it.
 
-        Nothing else happens while numbers in JSON or in a message are read. Of requests in which
-        their `size` in bytes is large, one is read at a time; the others have three times as long
-        after it. The time that it took is a part of the request's deadline.
+        Reading numbers from JSON or a message blocks the event loop. Of requests with a large
+        `size`, in bytes of such numbers, one is read at a time, followed by a pause of three times
+        as long for other work. This time counts towards the request's deadline.
 
         Raises:
-            InvalidInput: where it does not fit the model.
-            TooLarge: where it has more queries than the queue holds.
-            Exception: as `read` and `ServedModel.infer`.
+            InvalidInput: if the request does not fit the model.
+            TooLarge: if it has more queries than the queue holds.
+            Exception: as `read` and `ServedModel.infer` do.
         """
         begin = time.monotonic()
         large = size > _LARGE
@@ -387,7 +387,7 @@ class ServerState:
             describe_reply(span, request.id or "", reply)
         return response_of(reply, request, model.servable)
 
-    # What the server says about itself.
+    # Metadata and status.
 
     def metadata(self) -> dict[str, Any]:
         version = importlib.metadata.version("nercc-jax")

@@ -1,7 +1,7 @@
-"""The messages of `open_inference.proto`, from its compiled form beside this file.
+"""The messages of `open_inference.proto`, from its compiled form in the same folder.
 
-They have a descriptor pool of their own: the default pool takes each name once, and clients of
-KServe or Triton in the same process have messages of these names.
+They have a descriptor pool of their own: the default pool accepts each name only once, and clients
+of KServe or Triton in the same process have messages with the same names.
 """
 
 from pathlib import Path
