@@ -539,10 +539,11 @@ def liars():
         gap = (theirs - ours)[:number]
         same, more, fewer = (np.sum(each) for each in (abs(gap) < 1e-7, gap > 1e-7, gap < -1e-7))
         if path == "docs/which.md":
-            cells = f"as many labels in {same} of {number} cells", "rejection"
-            yield path, named("workers that may lie", "copies with a median", *cells)
+            cells = f"more labels in {more} of {number} cells", "copies with a median"
+            use = "[rejection](adversaries.md), repeated points"
+            yield path, named("workers that may lie", use, *cells)
             kept = f"in {same} of {number} cells, fewer in {fewer} and more in {more}."
-            yield path, f"keeps as many labels as copies with a median {kept}"
+            yield path, f"rejection keeps as many labels {kept}"
         else:
             assert fewer == 0
             kept = f"as many labels as copies with a median in {same} of {number} cells, and up to"
