@@ -540,7 +540,7 @@ def liars():
         same, more, fewer = (np.sum(each) for each in (abs(gap) < 1e-7, gap > 1e-7, gap < -1e-7))
         if path == "docs/which.md":
             cells = f"more labels in {more} of {number} cells", "copies with a median"
-            use = "[rejection](adversaries.md), repeated points"
+            use = "[rejection, repeated points"
             yield path, named("workers that may lie", use, *cells)
             kept = f"in {same} of {number} cells, fewer in {fewer} and more in {more}."
             yield path, f"rejection keeps as many labels {kept}"

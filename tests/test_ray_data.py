@@ -1,5 +1,6 @@
 """Rows of a Ray Data dataset: values, bars, statuses, and the other columns, row by row."""
 
+import dataclasses
 import os
 import pickle
 import signal
@@ -11,7 +12,7 @@ import pytest
 from conftest import require
 
 from nercc_jax import DevicePool
-from nercc_jax.rows import map_rows
+from nercc_jax.rows import map_rows, run_rows
 
 # Ray Data sets its own deprecated options.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -74,6 +75,18 @@ def test_every_row_has_its_value_and_its_other_columns(data):
 
     rows = read(map_rows(dataset(data), middle, "image", tolerance=0.0, num_workers=2))
     assert all(row["value"] == int(name.split()[1]) for name, row in rows.items())
+
+
+def test_the_error_bar_is_the_calibrated_one(data, monkeypatch):
+    """It was the expected error before calibration."""
+    bars = np.linspace(0.0, 1.0, 120)
+
+    def run(*args, **options):
+        return dataclasses.replace(run_rows(*args, **options), score=bars)
+
+    monkeypatch.setattr("nercc_jax.rows._ray_data.run_rows", run)
+    rows = read(map_rows(dataset(data), swing, COLUMNS, tolerance=0.0, num_workers=2))
+    np.testing.assert_array_equal([rows[f"row {i}"]["error_bar"] for i in range(120)], bars)
 
 
 def test_a_row_that_raises_is_unknown_and_a_worker_that_dies_loses_none(data, tmp_path):

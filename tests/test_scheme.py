@@ -160,6 +160,7 @@ def test_without_any_answer_all_is_executed_again(key):
     assert fixed.recovered.all()
     own = np.asarray(model(jnp.asarray(x)))
     np.testing.assert_allclose(np.asarray(fixed.predictions)[lost], own[lost], atol=1e-5)
+    assert reexecute(model, x, assessed, limit=1.0).recovered.all()  # whatever the limit
 
 
 # -- A cheap model beside the coded one: the formula, its limits, the search for its numbers -------

@@ -42,7 +42,7 @@ def map_rows(
 
     Returns:
         A dataset with the rows and columns of the given one, and the columns `value`, `error_bar`
-        (`RowResult.deviation`: 0 where computed, infinite without a value), `status` ("computed",
+        (`RowResult.score`: 0 where computed, infinite without a value), `status` ("computed",
         "predicted", "unknown" or, after Ctrl-C, "waiting") and `reason` (why a row is unknown).
 
     Raises:
@@ -96,7 +96,7 @@ def map_rows(
     result = run_rows(function, x, pool, num_workers=num_workers, **options)
     reasons = np.array([result.reasons.get(row, "") for row in range(len(x))], dtype=object)
     values = np.full(len(x), np.nan) if result.values is None else result.values
-    added = dict(zip(ADDED, (values, result.deviation, result.status, reasons), strict=True))
+    added = dict(zip(ADDED, (values, result.score, result.status, reasons), strict=True))
     found, begin = [], 0
     for table in tables:
         own = slice(begin, begin := begin + table.num_rows)

@@ -44,8 +44,7 @@ def reexecute(
         limit: The largest score of a prediction that is kept (`ErrorProbability.limit`, or a
             tolerance); 0 keeps only certain ones.
         score: The uncertainty of each prediction, such as its error bar (default: its error
-            probability). Predictions that were not recovered are replaced, too, unless the limit is
-            1 and there is no score.
+            probability). Predictions that were not recovered are always replaced.
 
     Raises:
         ValueError: There is no score, the limit is negative, the model is in training mode, or x
@@ -65,8 +64,7 @@ def reexecute(
         )
     if not limit >= 0:
         raise ValueError(f"the limit must be 0 or positive, not {limit}")
-    if score is not None:
-        known = np.where(assessed.recovered, known, np.inf)
+    known = np.where(assessed.recovered, known, np.inf)
     chosen = np.flatnonzero(~(np.asarray(known) <= limit))  # NaN is uncertain
     if not len(chosen):
         return assessed

@@ -13,7 +13,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class RequestSpans:
-    """The spans of requests. An error of tracing never fails a request when a span starts."""
+    """The spans of requests. An error of tracing is logged, and never fails a request."""
 
     def __init__(self, provider: Any = None):
         """Create spans with a provider of OpenTelemetry's SDK; none without it."""
@@ -38,12 +38,15 @@ class RequestSpans:
         return span if span.is_recording() else None
 
     def end(self, span: Any, outcome: str, error: BaseException | None = None) -> None:
-        span.set_attribute("nercc.outcome", outcome)
-        if error is not None:
-            why = str(error) or type(error).__name__
-            span.set_attribute("nercc.error", why)
-            span.set_status(self._api.StatusCode.ERROR, why)
-        span.end()
+        try:
+            span.set_attribute("nercc.outcome", outcome)
+            if error is not None:
+                why = str(error) or type(error).__name__
+                span.set_attribute("nercc.error", why)
+                span.set_status(self._api.StatusCode.ERROR, why)
+            span.end()
+        except Exception:  # for example from a span processor
+            _LOG.exception("the trace of a request is incomplete")
 
 
 def describe_reply(span: Any, id: str, reply: Reply | None = None) -> None:

@@ -15,7 +15,7 @@ from nercc_server import ENDS, patience
 require("opentelemetry.exporter.otlp.proto.http", "telemetry")
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased, Sampler
@@ -117,10 +117,20 @@ class Broken(Sampler):
         return "broken"
 
 
+class Breaks(SpanProcessor):
+    def on_end(self, span):
+        raise RuntimeError("a processor that fails")
+
+
 def test_no_request_fails_for_its_spans(caplog):
     assert RequestSpans().start("digits", dict) is None
     assert RequestSpans(TracerProvider(sampler=Broken())).start("digits", dict) is None
     assert "a request is not traced" in caplog.text
+    provider = TracerProvider()
+    provider.add_span_processor(Breaks())
+    spans = RequestSpans(provider)
+    spans.end(spans.start("digits", dict), "ok")
+    assert "the trace of a request is incomplete" in caplog.text
 
 
 @pytest.fixture
