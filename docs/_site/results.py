@@ -49,9 +49,10 @@ def measured(environment: Mapping[str, Any], rooms: str) -> str:
     changed = [room for room in rooms.split() if own.get(room) != now.get(room)]
     # Of results from before commits were noted, it is the last one before that day and hour.
     dirty = {None: " or soon after", True: " with changes", False: ""}[environment["dirty"]]
+    cores = f"{environment['cores']} core{'s' * (environment['cores'] != 1)}"
     line = (
         f"Measured at {environment['commit'][:9]}{dirty}, {environment['date'][:10]}, "
-        f"{environment['cpu']}, {environment['cores']} cores"
+        f"{environment['cpu']}, {cores}"
     )
     return f"{line}. **Changed since: {', '.join(changed)}.**" if changed else f"{line}; unchanged."
 
