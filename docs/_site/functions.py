@@ -89,7 +89,7 @@ def again() -> str:
     ]
     return (
         f"Learners at {CELLS[0]} were measured again for {', '.join(later)}; no figure changed by "
-        "0.0002."
+        "as much as 0.0002."
     )
 
 

@@ -237,7 +237,7 @@ class Evidence:
         """Forget these rows; have a new learner fitted without them if any of them was learned."""
         if self._table["learned"][rows].any():
             self.due = 0
-        for name in ("learned", "estimated", "compared"):
+        for name in ("learned", "estimated", "judged"):
             self._table[name][rows] = False
 
     def task(self, *, hurry: bool = False) -> Callable[[], Learned | None] | None:
@@ -307,7 +307,7 @@ class Evidence:
         errors = row_errors(mean, y)
         table["excess"][rows] = error_ratios(errors, deviation)
         table["wrong"][rows] = np.argmax(mean, axis=1) != np.argmax(y, axis=1)
-        table["compared"][rows] = (deviation > 0) & np.isfinite(deviation)
+        table["judged"][rows] = (deviation > 0) & np.isfinite(deviation)
         return errors
 
     def compare(
@@ -374,7 +374,7 @@ class Evidence:
         """
         table, score = self._table, np.full(len(rows), np.inf)
         known, late = table["estimated"][rows], np.broadcast_to(late, len(rows))
-        judges = table["compared"] & (table["state"] == COMPUTED)
+        judges = table["judged"] & (table["state"] == COMPUTED)
         audits, came_late = (np.flatnonzero(judges & table[each]) for each in ("audit", "late"))
         if self._settings.max_disagreement is None:
             usual, harder = (

@@ -393,7 +393,7 @@ def _row_evidence(state: RowState) -> RowEvidence:
     deviation[~estimated] = np.sqrt(np.mean((known - known.mean(axis=0)) ** 2))
     if mean is not None:
         predictions[estimated] = mean[estimated].reshape(-1, *known.shape[1:])
-        judged = computed & table["compared"]
+        judged = computed & table["judged"]
     own = computed.reshape(-1, *[1] * (known.ndim - 1))
     values = np.where(own, values, predictions)
     return RowEvidence(values, predictions, deviation, computed, late, audit, judged)

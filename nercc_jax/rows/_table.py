@@ -27,7 +27,7 @@ ROW = np.dtype(
         ("estimated", "?"),  # whether the learner has predicted it, with these expected errors:
         ("expected", "f8"),  # corrected by the errors of nearby pairs,
         ("plain", "f8"),  # and the learner's own deviation
-        ("compared", "?"),  # whether its own value was compared with that prediction,
+        ("judged", "?"),  # whether its own value was compared with that prediction,
         ("excess", "f8"),  # the ratio of the error to the expected error,
         ("wrong", "?"),  # and whether the labels differ
         ("known", "?"),  # whether its present prediction is accurate enough not to compute it
