@@ -11,6 +11,7 @@ such mutants are counted apart. The result is bench/results/mutants.json.
 
 import argparse
 import ast
+import collections
 import concurrent.futures
 import contextlib
 import copy
@@ -221,19 +222,20 @@ def main() -> None:
         tests = sorted(names, key=lambda name: (seconds.get(name, 60.0), name))
         return verdict(mutant, tests[: options.tests], options.seconds)
 
-    ends = []
-    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        for number, end in enumerate(pool.map(run, drawn), 1):
-            ends.append(end)
-            print(f"{number:4} {end['end']:10} {end['file']}:{end['line']}", flush=True)
-    counts = {kind: sum(each["end"] == kind for each in ends) for kind in {e["end"] for e in ends}}
-    print(counts)
+    counts: collections.Counter[object] = collections.Counter()
     result = {
         "environment": environment("pytest", "coverage"), "rooms": options.rooms or "all",
         "files": options.files or "all", "possible": len(everything), "seed": options.seed,
-        "counts": counts, "mutants": ends,
+        "counts": counts, "mutants": [],
     }  # fmt: skip
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        for number, end in enumerate(pool.map(run, drawn), 1):
+            counts[end["end"]] += 1
+            result["mutants"].append(end)
+            print(f"{number:4} {end['end']:10} {end['file']}:{end['line']}", flush=True)
+            # After each, so that a run that is stopped leaves the first ones, which are drawn, too.
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(dict(counts))
 
 
 if __name__ == "__main__":
