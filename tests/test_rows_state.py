@@ -325,6 +325,27 @@ def answers(checks, worker, rows, values, looks_wrong=NONE, known=ALL):
     return checks.take(next(CALLS), worker, np.asarray(rows), np.asarray(values, float), *looks)
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "value"),
+    [
+        ([np.inf, 1.0], [5.0, 1.0], None),  # it used to be right
+        ([np.inf], [-np.inf], None),
+        ([np.nan, 1.0], [2.0, 1.0], None),
+        ([np.inf, 1.0], [np.inf, 2.0], None),
+        ([np.inf, 1.0], [np.inf, 1.0 + 1e-6], [np.inf, 1.0]),
+        ([np.nan, 1.0], [np.nan, 1.0 + 1e-6], [np.nan, 1.0]),
+        ([1.0, 2.0], [1.0, 2.0 + 1e-6], [1.0, 2.0]),
+    ],
+)
+def test_answers_agree_where_they_are_infinite_or_nan_in_the_same_outputs(one, other, value):
+    checks = checks_of()
+    given, _ = answers(checks, 0, [4], [one], ALL)
+    assert not given.any()
+    given, values = answers(checks, 1, [4], [other], ALL)
+    assert given.all() == (value is not None)
+    np.testing.assert_array_equal(values, [other if value is None else value])
+
+
 @pytest.mark.parametrize("alike", [False, True])
 @pytest.mark.parametrize("lies", [(1.0,), (0.2,), (1.0, 0.2), (0.0,)])
 @pytest.mark.parametrize("seed", range(3))

@@ -199,10 +199,14 @@ class AnswerChecks:
         """Return whether two answers are equal up to rounding.
 
         If outputs hardly differ between queries, such as temperatures near 300 K, a smaller
-        difference counts.
+        difference counts. An output that is infinite or NaN must be the same in both.
         """
         if np.array_equal(one, other, equal_nan=True):
             return True
+        finite = np.isfinite(one) & np.isfinite(other)
+        if not np.array_equal(one[~finite], other[~finite], equal_nan=True):
+            return False
+        one, other = one[finite], other[finite]
         limit = self._same * float(max(np.abs(one).max(), np.abs(other).max()))
         difference = np.abs(one - other).max()
         if difference <= limit and len(self._seen) >= _FEWEST and self._same == _SAME:
