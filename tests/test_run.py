@@ -97,18 +97,23 @@ def test_groups_go_over_the_data_carry_ids_and_are_resumed_by_the_same_run_only(
         for changed, message in (
             ({"groups": 1, "resume": True}, "groups was 2 and is 1"),
             ({"ids": None, "resume": True}, "ids was"),
+            ({"x": x + 1, "resume": True}, "inputs was"),
+            ({"code": NeRCC(2, 4), "resume": True}, "code was"),
             ({}, "has the parts of an earlier run"),
             ({"groups": 0, "folder": None}, "groups must be"),
             ({"deadline": np.nan, "folder": None}, "a positive number of seconds, not nan"),
             ({"ids": [1], "folder": None}, "each of 22 rows"),
         ):
             with pytest.raises(ValueError, match=message):
-                run_groups(pool, code, x, **options | changed)
+                run_groups(pool, **{"code": code, "x": x} | options | changed)
     with DevicePool(linear, 4) as pool:
-        again = run_groups(pool, code, x, resume=True, on_progress=seen.append, **options)
-    assert seen[0].done == 14
-    assert (again.summary["batches"], again.summary["lost"]) == (1, 0)
-    np.testing.assert_array_equal(again.arrays["predictions"], exact(x[index]))
+        options |= {"resume": True, "batches": 2}  # the one with lost data points, and the fifth
+        again = run_groups(pool, code, x, on_progress=seen.append, **options)
+        assert seen[0].done == 14
+        assert (again.summary["batches"], again.summary["lost"]) == (2, 0)
+        np.testing.assert_array_equal(again.arrays["predictions"], exact(x[:20]))
+        again = run_groups(pool, code, x, **options)
+        np.testing.assert_array_equal(again.arrays["predictions"], exact(x))
 
 
 # The command.
@@ -191,6 +196,7 @@ def test_what_is_lost_is_nan_and_told(tmp_path):
     result = run(*SMALL, *options.split(), "--output", str(path))
     assert result.exit_code == 3
     assert "16 rows are unknown: row 0: no worker answered within 0.1 s" in result.output
+    assert "0 of 30 rows are done" in result.output
     assert "Traceback" not in result.output
     rows = load(path)
     assert not rows["recovered"].any()
@@ -265,6 +271,11 @@ def test_a_run_goes_on_where_it_ended(tmp_path, monkeypatch, small):
     for name in ("index", "batch", "label", "recovered"):
         np.testing.assert_array_equal(rows[name], whole[name])
     assert {each.name for each in tmp_path.iterdir()} == {"result.npz", "result.summary.json"}
+    path = tmp_path / "later.npz"
+    first = run(*SMALL, "--batches", "1", "--output", str(path))  # one now, the others later
+    assert (first.exit_code, "8 of 30 rows are done" in first.output) == (0, True)
+    assert run(*SMALL, "--resume", "--output", str(path)).exit_code == 0
+    assert len(load(path)["index"]) == 30
 
 
 def test_a_code_with_further_models_is_refused(tmp_path):

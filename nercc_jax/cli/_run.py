@@ -95,7 +95,9 @@ def run(options: Options) -> None:
     if result.reasons and not (options.stop_at is not None and high - low <= options.stop_at):
         row, why = next(iter(result.reasons.items()))
         fail(f"{len(result.reasons):,} rows are unknown: row {row}: {why}; {rest}", 3)
-    if path.suffix:
+    if options.batches is not None and result.summary["rows_done"] < result.summary["rows"]:
+        show(console, rest)
+    elif path.suffix:
         shutil.rmtree(folder)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Shaped
 
@@ -14,7 +15,7 @@ from ..codes.checks import check_count
 from ..pools import AbstractPool, PoolReport, pool_inference
 from ..pools.batch import Enough, check_deadline
 from ._interface import RowProgress, summary_text
-from .files import Parts, ids_of_rows
+from .files import Parts, fingerprint, ids_of_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +87,10 @@ def run_groups(
         enough: When to decode, as in `pool_inference`.
         deadline: Seconds for each batch.
         groups: Groups in a batch, at most as many as the data points fill.
-        batches: The most batches to run (default: all).
+        batches: The most batches to run now; a later run goes on with the others (default: all).
         prepare: Maps the data points of a batch to the model's inputs.
         folder: The folder to which results are written during the run (default: none).
-        resume: Continue the run in the folder.
+        resume: Continue the run in the folder, which must be of the same data points and code.
         about: Further facts that predictions depend on, such as the model, as JSON values; a run
             with other facts cannot be resumed.
         ids: An id of each data point, which the result and its files contain.
@@ -116,9 +117,8 @@ def run_groups(
     groups = min(check_count("groups", groups), math.ceil(len(x) / num_data))
     size, names = groups * num_data, ids_of_rows(ids, len(x))
     most = math.inf if batches is None else check_count("batches", batches)
-    total = int(min(most * size, len(x)))
-    facts, parts = {"rows": total, "groups": groups} | dict(about or {}), None
-    index = np.arange(total)
+    total, index, parts = len(x), np.arange(len(x)), None
+    facts = {"rows": total, "groups": groups} | dict(about or {})
     table = {"index": index, "batch": index // size, "recovered": np.zeros(total, bool)}
     table |= {"responded": np.zeros((total, workers), bool), "predictions": np.zeros((total, 0))}
     recovered, came, reasons = table["recovered"], np.zeros(total, bool), dict[int, str]()
@@ -133,7 +133,10 @@ def run_groups(
         came[own] = True
 
     if folder is not None:
-        parts = Parts(folder, facts, names, resume=resume)
+        arrays = [np.ravel(leaf) for leaf in jax.tree.leaves(code)]
+        numbers = np.concatenate(arrays) if arrays else np.zeros(0)
+        identity = {"inputs": fingerprint(x), "code": [type(code).__name__, fingerprint(numbers)]}
+        parts = Parts(folder, identity | facts, names, resume=resume)
         for each in parts.read():
             take(each)
     done = batches_done = missing = 0  # data points, batches, and answers that did not come in time
@@ -174,7 +177,7 @@ def run_groups(
             done, batches_done = done + len(own), batches_done + 1
             seconds = pool.clock.now() - begin
             on_progress(progress())
-            if (stopped := pool.ending) is not None:
+            if (stopped := pool.ending) is not None or batches_done == most:
                 break
     except KeyboardInterrupt:
         stopped = "interrupted"
