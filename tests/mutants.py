@@ -2,11 +2,12 @@
 
     .venv/bin/python tests/mutants.py --number 200 --seed 0
 
-The default tests run once with coverage, which says which tests execute a line. A mutant is one
-change of one expression, drawn at random from all rooms. The tests that execute its line run on a
-copy of the tree, the quickest first, until one fails; a mutant that none fails on has survived.
-What happens in other processes only, such as in servers and Ray workers, is not seen by coverage:
-such mutants are counted apart. The result is bench/results/mutants.json.
+All tests, slow ones too, run once with coverage, on a copy of the tree; it says which tests execute
+a line. A mutant is one change of one expression, drawn at random from all rooms. Tests that execute
+its line run on a copy, first the quickest ones, then those that execute the fewest lines of the
+package, until one fails; a mutant that none fails on has survived. Tests that fail on the copy as
+it is are left out. What happens in other processes only, such as in servers and Ray workers, is not
+seen by coverage: such mutants are counted apart. The result is bench/results/mutants.json.
 """
 
 import argparse
@@ -129,27 +130,82 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
         yield Mutant(name, node.lineno, begin, end, source[begin:end].decode(), after)
 
 
-def measure_coverage(files: list[str]) -> None:
-    """Run the default tests, or some files, and keep which of them execute each line."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    words = ["-q", "-n", "2", "-p", "no:randomly", "--cov=nercc_jax", "--cov-context=test"]
-    environment = os.environ | {"COVERAGE_FILE": str(FOLDER / "coverage")}
-    command = [sys.executable, "-m", "pytest", *words, "--cov-report=", "--durations=0", *files]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+@contextlib.contextmanager
+def copied() -> Iterator[Path]:
+    """Yield a copy of the files that git knows."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    (FOLDER / "tests.log").write_text(done.stdout)
+    with tempfile.TemporaryDirectory() as room:
+        for name in filter(None, listed.stdout.split("\0")):
+            (path := Path(room) / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, path)
+        yield Path(room)
 
 
-def seconds_of_tests() -> dict[str, float]:
-    """Return how long each test took when coverage was measured."""
-    seconds = {}
-    for line in (FOLDER / "tests.log").read_text().splitlines():
-        parts = line.split(maxsplit=2)
-        if len(parts) == 3 and parts[1] in ("call", "setup") and parts[0].endswith("s"):
-            with contextlib.suppress(ValueError):
-                seconds[parts[2]] = seconds.get(parts[2], 0.0) + float(parts[0][:-1])
-    return seconds
+def run_tests(room: Path, words: list[str], limit: float | None = None) -> tuple[int, str]:
+    """Run tests on a copy of the tree; return pytest's exit code and output."""
+    environment = os.environ | {"PYTHONPATH": str(room), "COVERAGE_FILE": str(FOLDER / "coverage")}
+    cache = ["-o", f"cache_dir={FOLDER / 'cache'}"]
+    command = [sys.executable, "-m", "pytest", "-q", *cache, "-m", "slow or not slow", *words]
+    done = subprocess.run(
+        command, cwd=room, env=environment, capture_output=True, text=True, timeout=limit,
+        check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout
+
+
+def measure_coverage(files: list[str]) -> None:
+    """Run all tests, or some files, and keep which of them execute each line."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    words = ["-n", "2", "--cov=nercc_jax", "--cov-context=test", "--cov-report=", "--durations=0"]
+    with copied() as room:
+        _, told = run_tests(room, [*words, *files])
+    (FOLDER / "tests.log").write_text(f"{room}\n{told}")
+
+
+class Tests(NamedTuple):
+    """What the run with coverage says of tests: by file and line, their seconds, lines, failures.
+
+    A test without seconds took less than pytest shows, 5 ms.
+    """
+
+    by_line: dict[str, dict[int, list[str]]]
+    seconds: dict[str, float]
+    lines: collections.Counter[str]
+    failed: set[str]
+
+    @classmethod
+    def read(cls) -> "Tests":
+        room, *log = (FOLDER / "tests.log").read_text().splitlines()
+        data = coverage.CoverageData(str(FOLDER / "coverage"))
+        data.read()
+        by_line = {
+            str(Path(file).relative_to(room)): data.contexts_by_lineno(file)
+            for file in data.measured_files()
+        }
+        seconds, lines = collections.defaultdict[str, float](float), collections.Counter[str]()
+        for line in log:
+            parts = line.split(maxsplit=2)
+            if len(parts) == 3 and parts[1] in ("call", "setup") and parts[0].endswith("s"):
+                with contextlib.suppress(ValueError):
+                    seconds[parts[2]] += float(parts[0][:-1])
+        for contexts in (each for of_file in by_line.values() for each in of_file.values()):
+            lines.update({context.partition("|")[0] for context in contexts})
+        failed = {line.split()[1] for line in log if line.startswith(("FAILED ", "ERROR tests"))}
+        return cls(by_line, dict(seconds), lines, failed)
+
+    def of(self, mutant: Mutant, first: int, budget: float) -> list[str]:
+        """Return the tests to run: the `first` quickest, then the most specific, in a time."""
+        contexts = self.by_line.get(mutant.file, {}).get(mutant.line, [])
+        names = {context.partition("|")[0] for context in contexts} - self.failed - {""}
+        quickest = sorted(names, key=lambda name: (self.seconds.get(name, 0.0), name))
+        chosen, spent = quickest[:first], 0.0
+        for name in sorted(quickest[first:], key=lambda name: (self.lines[name], name)):
+            if spent + self.seconds.get(name, 0.0) <= budget:
+                chosen.append(name)
+                spent += self.seconds.get(name, 0.0)
+        return chosen
 
 
 def verdict(mutant: Mutant, tests: list[str], limit: float) -> dict[str, object]:
@@ -160,29 +216,16 @@ def verdict(mutant: Mutant, tests: list[str], limit: float) -> dict[str, object]
     }  # fmt: skip
     if not tests:
         return told | {"end": "not executed in the tests' process"}
-    with tempfile.TemporaryDirectory() as room:
-        for name in ("nercc_jax", "models", "tests", "bench", "docs"):
-            ignored = shutil.ignore_patterns("__pycache__", "*.json", "measured")
-            shutil.copytree(ROOT / name, Path(room) / name, ignore=ignored)
-        shutil.copy(ROOT / "pyproject.toml", room)
-        path = Path(room) / mutant.file
-        source = path.read_bytes()
-        after = mutant.after.encode()
+    with copied() as room:
+        source, after = (path := room / mutant.file).read_bytes(), mutant.after.encode()
         path.write_bytes(source[: mutant.begin] + after + source[mutant.end :])
-        environment = os.environ | {"PYTHONPATH": room}
-        cache = ["-o", f"cache_dir={FOLDER / 'cache'}"]
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", *cache, "--tb=line"]
-        command += ["-m", "slow or not slow", *tests]
         try:
-            done = subprocess.run(
-                command, cwd=room, env=environment, capture_output=True, text=True,
-                timeout=limit, check=False,
-            )  # fmt: skip
+            code, shown = run_tests(room, ["-x", "-n", "0", "--tb=line", *tests], limit)
         except subprocess.TimeoutExpired:
             return told | {"end": "killed", "by": f"no end within {limit:g} s"}
-    if done.returncode == 0:
+    if code == 0:
         return told | {"end": "survived"}
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    failed = [line for line in shown.splitlines() if line.startswith(("FAILED ", "ERROR tests"))]
     return told | {"end": "killed", "by": (failed or ["collection"])[0][:160]}
 
 
@@ -193,8 +236,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="at the same time (default: 2)")
     parser.add_argument("--rooms", nargs="+", help="of the mutants (default: all)")
     parser.add_argument("--files", nargs="+", default=[], help="of tests (default: all)")
-    parser.add_argument("--tests", type=int, default=40, help="of each mutant, at most")
-    parser.add_argument("--seconds", type=float, default=240.0, help="of each mutant's tests")
+    parser.add_argument("--tests", type=int, default=40, help="the quickest of each mutant")
+    parser.add_argument("--budget", type=float, default=60.0, help="seconds of further tests")
+    parser.add_argument("--seconds", type=float, default=400.0, help="of all tests of a mutant")
     parser.add_argument("--known", action="store_true", help="coverage is there from before")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "mutants.json")
     options = parser.parse_args()
@@ -203,24 +247,14 @@ def main() -> None:
 
     if not options.known:
         measure_coverage(options.files)
-    data = coverage.CoverageData(str(FOLDER / "coverage"))
-    data.read()
-    lines = {
-        str(Path(file).relative_to(ROOT)): data.contexts_by_lineno(file)
-        for file in data.measured_files()
-    }
-    seconds = seconds_of_tests()
-    files = sorted((ROOT / "nercc_jax").rglob("*.py"))
+    known, files = Tests.read(), sorted((ROOT / "nercc_jax").rglob("*.py"))
     if options.rooms:
         files = [file for file in files if file.relative_to(ROOT).parts[1] in options.rooms]
     everything = [mutant for file in files for mutant in mutants_of(file)]
     drawn = random.Random(options.seed).sample(everything, options.number)
 
     def run(mutant: Mutant) -> dict[str, object]:
-        contexts = lines.get(mutant.file, {}).get(mutant.line, [])
-        names = {context.partition("|")[0] for context in contexts if context}
-        tests = sorted(names, key=lambda name: (seconds.get(name, 60.0), name))
-        return verdict(mutant, tests[: options.tests], options.seconds)
+        return verdict(mutant, known.of(mutant, options.tests, options.budget), options.seconds)
 
     counts: collections.Counter[object] = collections.Counter()
     result = {
