@@ -139,7 +139,7 @@ def copied() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as room:
         for name in filter(None, listed.stdout.split("\0")):
             (path := Path(room) / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, path)
+            shutil.copy(ROOT / name, path, follow_symlinks=False)
         yield Path(room)
 
 
