@@ -20,7 +20,7 @@ from conftest import bench_modules, require
 
 from nercc_jax.risk import RiskMonitor
 
-from nercc_jax.risk import _accuracy, _evidence  # isort: skip
+from nercc_jax.risk import _evidence, accuracy  # isort: skip
 
 HERE = Path(__file__).parents[1]
 # Names, sources and sizes with digits that are no figures.
@@ -779,7 +779,7 @@ def test_every_figure_of_a_page_is_known(path):
 
 
 def test_settings_that_pages_name():
-    bound = inspect.signature(_accuracy.within_bound)
+    bound = inspect.signature(accuracy.within_bound)
     assert bound.parameters["failure"].default == 0.25
     assert (_evidence._ROWS, _evidence._RECENT, _evidence._BARS) == (1024, 100, 20)
     assert inspect.signature(RiskMonitor.__init__).parameters["false_alarms"].default == 1 / 50_000

@@ -23,9 +23,9 @@ from nercc_jax import (
     coded_inference,
 )
 from nercc_jax.risk import Accuracy, Comparison, Risk, RiskMonitor, logistic_regression
-from nercc_jax.risk._error_bars import error_bars_from_ratios, fit_error_scale
-from nercc_jax.risk._error_probability import fit_error_probability
 from nercc_jax.risk._monitor import WorkerMonitor
+from nercc_jax.risk.error_bars import error_bars_from_ratios, fit_error_scale
+from nercc_jax.risk.error_probability import fit_error_probability
 from nercc_jax.surrogates import Surrogate
 
 LABELS, VALUES, POOL = Accuracy(max_disagreement=0.1), Accuracy(tolerance=1.0), 8

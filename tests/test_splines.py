@@ -20,7 +20,7 @@ from nercc_jax.splines import (
     smoothing_matrix,
     smoothing_spline,
 )
-from nercc_jax.splines._host import smoothing_matrix_on_host, variances_on_host
+from nercc_jax.splines.host import smoothing_matrix_on_host, variances_on_host
 
 LAMBDAS = (0.0, 1e-12, 1e-8, 1e-4, 1e-1, 1e2)
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}

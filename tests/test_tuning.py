@@ -16,7 +16,7 @@ from matrices import LAYOUTS, decoder_matrix, encoder_matrix
 
 import nercc_jax as nj
 from nercc_jax import parametrize
-from nercc_jax.evaluation._objective import make_trial
+from nercc_jax.evaluation.objective import make_trial
 from nercc_jax.tuning import Descent, Sampling
 from nercc_jax.tuning._sampling import split_points
 

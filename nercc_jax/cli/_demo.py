@@ -13,7 +13,7 @@ from nercc_models import SoftmaxModel, list_students, load_student, multiplicati
 from ..codes import AbstractCode, Berrut, NeRCC, Replication, load_code
 from ..codes.workers import call_model
 from ..evaluation import Estimate, pictures
-from ..evaluation._answers import batched
+from ..evaluation.answers import batched
 from ..evaluation.tables import text_table
 from ..inference import coded_inference
 from ..schemes import Scheme

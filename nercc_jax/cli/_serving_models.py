@@ -14,8 +14,8 @@ import nercc_models
 
 from ..codes import AbstractCode, Berrut, BerrutSpline, NeRCC, Replication, Uncoded, load_code
 from ..serving import ModelSettings, Predictor, Servable, ServedModel, make_servable
-from ..serving._metrics import Metrics
-from ..serving.protocol._servable import FLOAT
+from ..serving.metrics import Metrics
+from ..serving.protocol.servable import FLOAT
 from ._command import of_option
 from ._options import HUB, Options, Returned
 from ._workload import callable_of, faults_of, load_plain_code, model_of, surrogate_of

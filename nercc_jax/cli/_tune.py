@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from ..codes import AbstractCode, Berrut, BerrutSpline, NeRCC, Replication, save_code
-from ..codes._points import coincident
+from ..codes.points import coincident
 from ..tuning import Descent, learn_decoder, tune
 from ._command import of_option
 from ._comparison import compare, points_for, straggler_laws

@@ -1,16 +1,16 @@
 """Codes: two matrices each, regression points, and files."""
 
-from ._berrut import Berrut
 from ._berrut_spline import BerrutSpline
-from ._code import AbstractCode, as_mask
-from ._decoding import Decoded, decode_groups, encode_groups
 from ._files import code_card, load_code, save_code
 from ._lagrange import Lagrange
-from ._learned_decoder import LearnedDecoder
 from ._nercc import NeRCC
 from ._parity import Parity
-from ._points import regression_points
 from ._replication import Replication, Uncoded
+from .berrut import Berrut
+from .code import AbstractCode, as_mask
+from .decoding import Decoded, decode_groups, encode_groups
+from .learned_decoder import LearnedDecoder
+from .points import regression_points
 
 __all__ = [
     "AbstractCode",

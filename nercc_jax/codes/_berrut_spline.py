@@ -6,11 +6,11 @@ import equinox as eqx
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ..splines._ends import Ends, check_ends
 from ..splines.arrays import namespace
-from ._berrut import berrut_matrix
+from ..splines.ends import Ends, check_ends
 from ._nercc import AbstractSplineCode
-from ._points import AbstractPointsCode, Points
+from .berrut import berrut_matrix
+from .points import AbstractPointsCode, Points
 from .trees import scalar_leaf
 
 

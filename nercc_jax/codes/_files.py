@@ -10,14 +10,14 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
-from ._berrut import Berrut
 from ._berrut_spline import BerrutSpline
-from ._code import AbstractCode
 from ._lagrange import Lagrange
-from ._learned_decoder import LearnedDecoder
 from ._nercc import NeRCC
 from ._parity import Parity
 from ._replication import Replication, Uncoded
+from .berrut import Berrut
+from .code import AbstractCode
+from .learned_decoder import LearnedDecoder
 from .whole_files import read_entries, write_entries
 
 _ENTRIES = {"code", "numbers", "dtypes", "about"}

@@ -6,11 +6,11 @@ import equinox as eqx
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ..splines._knots import gather_knots
 from ..splines.arrays import namespace, product
-from ._berrut import barycentric_matrix
-from ._points import AbstractPointsCode, Points
+from ..splines.knots import gather_knots
+from .berrut import barycentric_matrix
 from .checks import check_count
+from .points import AbstractPointsCode, Points
 
 
 class Lagrange(AbstractPointsCode):

@@ -9,12 +9,12 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from ..splines import posterior_variance, process_variance, smoothing_matrix
-from ..splines._ends import Ends
-from ..splines._host import smoothing_matrix_on_host, variances_on_host
-from ..splines._smoothing import smoothing_map
 from ..splines.arrays import namespace, where, working_dtype
-from ._code import as_mask, check_mask
-from ._points import AbstractPointsCode, Points, coincident, mean_gap
+from ..splines.ends import Ends
+from ..splines.host import smoothing_matrix_on_host, variances_on_host
+from ..splines.smoothing import smoothing_map
+from .code import as_mask, check_mask
+from .points import AbstractPointsCode, Points, coincident, mean_gap
 from .trees import any_tracer, scalar_leaf
 
 
@@ -166,7 +166,7 @@ class NeRCC(AbstractSplineCode):
         """Return the lambda that these workers' answers are decoded with.
 
         It is lambda_dec * (mean gap of the available betas / mean gap of all betas) ^ gap_exponent,
-        with gaps as in `nercc_jax.codes._points.mean_gap`.
+        with gaps as in `nercc_jax.codes.points.mean_gap`.
         """
         mask: Any = check_mask(available, (self.num_workers,))
         both = namespace(mask).stack([mask, np.ones(self.num_workers, bool)])

@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from ..splines.arrays import namespace
-from ._code import AbstractNumpyCode
 from .checks import check_counts
+from .code import AbstractNumpyCode
 
 
 class Parity(AbstractNumpyCode):

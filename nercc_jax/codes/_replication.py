@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from ..splines.arrays import namespace
-from ._code import AbstractNumpyCode
-from ._points import copies
 from .checks import check_count, check_counts
+from .code import AbstractNumpyCode
+from .points import copies
 
 
 class AbstractCopies(AbstractNumpyCode):

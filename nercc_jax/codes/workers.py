@@ -11,8 +11,8 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Shaped
 
 from ..splines.arrays import native
-from ._code import AbstractCode
-from ._decoding import encode_groups
+from .code import AbstractCode
+from .decoding import encode_groups
 from .trees import check_floats, is_float, leaves_of
 
 # Raised by JAX where a function does not take tracers.

@@ -16,7 +16,7 @@ from ..codes.trees import leaves_of
 from ..inference.models import Model
 from ..splines.arrays import native
 from ..stragglers import AbstractStragglers
-from ._answers import Answers, batched, coded_outputs, cut_groups, own_outputs
+from .answers import Answers, batched, coded_outputs, cut_groups, own_outputs
 from .tables import text_table
 
 SHARES = ("rel_acc", "accuracy", "lost")  # metrics between 0 and 1

@@ -1,7 +1,7 @@
 """Coded inference on one device, on a mesh, with adversaries; and orders of data points."""
 
-from ._coded import coded_inference
 from ._robust import robust_decode
+from .coded import coded_inference
 from .models import CalibrationWarning, cast_model, current_conditions
 from .order import order_points
 

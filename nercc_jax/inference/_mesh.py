@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
 from ..codes import AbstractCode, Decoded, encode_groups
-from ..codes._decoding import decode_vectors
+from ..codes.decoding import decode_vectors
 from ..codes.kept import CachedMatrices, Matrices, encoder_of
 from ..codes.trees import join
 from ..codes.workers import run_workers

@@ -7,12 +7,12 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from ..codes import AbstractCode, Decoded, NeRCC, as_mask
-from ..codes._code import checked_answers
-from ..codes._decoding import decode_vectors, multiply
+from ..codes.code import checked_answers
+from ..codes.decoding import decode_vectors, multiply
 from ..codes.trees import join, to_device
 from ..splines import smoothing_matrix
-from ..splines._knots import gather_knots
 from ..splines.arrays import native, working_dtype
+from ..splines.knots import gather_knots
 
 
 def robust_decode(

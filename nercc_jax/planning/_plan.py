@@ -22,7 +22,7 @@ from ..codes import AbstractCode, NeRCC, Replication, decode_groups, regression_
 from ..codes.checks import check_counts, check_not_negative
 from ..codes.kept import encoder_of
 from ..evaluation import Estimate
-from ..evaluation._answers import batched, coded_outputs, cut_groups, own_outputs
+from ..evaluation.answers import batched, coded_outputs, cut_groups, own_outputs
 from ..evaluation.tables import text_table
 from ..inference import order_points
 from ..inference.models import Model, check_model

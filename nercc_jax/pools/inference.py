@@ -15,10 +15,10 @@ from ..codes import AbstractCode, Decoded, decode_groups
 from ..codes.kept import CachedMatrices, encoder_of, known_matrices
 from ..codes.trees import check_finite, groups_of, points_of, to_device
 from ..codes.workers import encode_on_host
-from ..inference._coded import as_groups
+from ..inference.coded import as_groups
 from ..inference.models import check_conditions
 from ..schemes import Scheme
-from ..schemes._scheme import PreparedInputs
+from ..schemes.scheme import PreparedInputs
 from ._pool import AbstractPool
 from .batch import BatchAnswers, Enough, check_deadline
 from .worker import no_mesh, off_meshes

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ._accuracy import Accuracy, conformal_quantile, least_factor, risk_cap, within_bound
 from ._monitor import RiskMonitor
+from .accuracy import Accuracy, conformal_quantile, least_factor, risk_cap, within_bound
 
 _ROWS = 1024  # the latest rows that count
 # The bound must also hold for the latest `_RECENT` rows alone, unless all of them are right; and

@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from ._accuracy import conformal_quantile
+from .accuracy import conformal_quantile
 
 # Maps values (rows, ...) to one number or one boolean a row.
 RowStatistic: TypeAlias = Callable[[Any], Any]

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from jaxtyping import Bool, Shaped
 
-from ._answer_check import fit_answer_check as fit_answer_check
 from ._monitor import WorkerMonitor
+from .answer_check import fit_answer_check as fit_answer_check
 
 _LOG = logging.getLogger(__name__)
 

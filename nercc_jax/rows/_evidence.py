@@ -23,10 +23,10 @@ from jaxtyping import Bool, Float, Int, Shaped
 from ..codes.checks import check_count
 from ..evaluation.criteria import agree_on_labels, root_mean_square, row_errors
 from ..risk import Comparison, ErrorProbability, Risk
-from ..risk._accuracy import conformal_quantile, error_ratios
-from ..risk._answer_check import AnswerCheck, fit_answer_check
-from ..risk._error_probability import fit_error_probability
-from ..risk._features import label_features
+from ..risk.accuracy import conformal_quantile, error_ratios
+from ..risk.answer_check import AnswerCheck, fit_answer_check
+from ..risk.error_probability import fit_error_probability
+from ..risk.features import label_features
 from ..surrogates import Learner, LearnerTuning, fit_learner
 from ..surrogates.kernel import Shape, first_kernel
 from ._interface import RowSettings

@@ -15,17 +15,17 @@ from ..codes import AbstractCode
 from ..codes.kept import encoder_of
 from ..codes.trees import Form, join, points_of, to_device
 from ..codes.workers import run_workers
-from ..evaluation._answers import batched, cut_groups, in_parts
-from ..evaluation._objective import draw_sets
+from ..evaluation.answers import batched, cut_groups, in_parts
 from ..evaluation.criteria import agree_on_labels, root_mean_square
+from ..evaluation.objective import draw_sets
 from ..inference import cast_model, current_conditions
 from ..inference.models import Model
 from ..risk import ErrorBars, ErrorProbability
-from ..risk._error_bars import error_bars_from_ratios
-from ..risk._error_probability import fit_error_probability
-from ..risk._features import label_features
+from ..risk.error_bars import error_bars_from_ratios
+from ..risk.error_probability import fit_error_probability
+from ..risk.features import label_features
 from ..stragglers import AbstractStragglers
-from ._scheme import Scheme
+from .scheme import Scheme
 
 Models = Model | Sequence[Model]
 

@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for readers and type checkers; `_WHERE` says the same
     from ._batcher import CodedBatcher as CodedBatcher
-    from ._metrics import Metrics as Metrics
     from ._policy import BatchingPolicy as BatchingPolicy
     from ._served_model import ServedModel as ServedModel
     from .adapt._decoding import DecodingScores as DecodingScores
@@ -41,8 +40,9 @@ if TYPE_CHECKING:  # for readers and type checkers; `_WHERE` says the same
     from .core._request import Reply as Reply
     from .core._request import ServerClosing as ServerClosing
     from .core._requests import Health as Health
-    from .protocol._servable import Servable as Servable
-    from .protocol._servable import make_servable as make_servable
+    from .metrics import Metrics as Metrics
+    from .protocol.servable import Servable as Servable
+    from .protocol.servable import make_servable as make_servable
     from .settings import ModelSettings as ModelSettings
     from .settings import ServerSettings as ServerSettings
     from .transport._server import Server as Server
@@ -55,13 +55,13 @@ _WHERE = {
     "_policy": "BatchingPolicy",
     "_served_model": "ServedModel",
     "settings": "ModelSettings ServerSettings",
-    "_metrics": "Metrics",
+    "metrics": "Metrics",
     "adapt._decoding": "DecodingScores calibrate_decoding",
     "adapt._predictor": "Predictor",
     "core._coder": "Coder",
     "core._request": "DeadlineExceeded InferenceFailed QueueFull Reply ServerClosing",
     "core._requests": "Health",
-    "protocol._servable": "Servable make_servable",
+    "protocol.servable": "Servable make_servable",
     "transport._server": "Server make_server",
 }
 _FILE_OF = {name: file for file, names in _WHERE.items() for name in names.split()}

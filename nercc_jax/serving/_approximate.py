@@ -19,7 +19,7 @@ import numpy as np
 from ..evaluation.criteria import agree_on_labels, root_mean_square
 from ..inference.models import check_conditions
 from ..risk import Comparison, Risk
-from ..risk._accuracy import error_ratios
+from ..risk.accuracy import error_ratios
 from ._policy import MAX_DEADLINE_S
 from .adapt._decoding import DecodingScores
 from .adapt._predictor import Predictor

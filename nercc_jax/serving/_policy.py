@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 MAX_DEADLINE_S = 3600.0
 
 Outputs: TypeAlias = Literal["logits", "probabilities", "values"]
-# Receives measurements, from any thread: their names are in the table of `_metrics.py`.
+# Receives measurements, from any thread: their names are in the table of `metrics.py`.
 Observe: TypeAlias = Callable[[str, float], Any]
 
 _setting: Any = Field  # so that a type checker sees that each setting has a default

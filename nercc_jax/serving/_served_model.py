@@ -15,7 +15,6 @@ from jaxtyping import Shaped
 from ..codes import AbstractCode
 from ..pools.options import open_pool
 from ._batcher import CodedBatcher
-from ._metrics import ANSWERS, OUTCOMES, SECONDS, Metrics
 from ._policy import read_outputs
 from .adapt._decoding import calibrate_decoding
 from .adapt._predictor import Predictor
@@ -23,7 +22,8 @@ from .core._coder import Coder
 from .core._request import DeadlineExceeded, Reply
 from .core._requests import Health
 from .core._setup import DispatchSetting
-from .protocol._servable import FLOAT, Preprocessing, Servable
+from .metrics import ANSWERS, OUTCOMES, SECONDS, Metrics
+from .protocol.servable import FLOAT, Preprocessing, Servable
 from .settings import ModelSettings
 
 _LOG = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """Smoothing splines as linear operators, and as posteriors."""
 
-from ._smoothing import (
+from .smoothing import (
     SmoothingSpline,
     posterior_variance,
     process_variance,

@@ -18,9 +18,9 @@ from jaxtyping import Array, Float, Int
 
 from . import _filter
 from ._dissection import dissect
-from ._platforms import alike_in_shard_map, by_platform
 from ._problem import Columns, Problem, system_times
 from .arrays import product
+from .platforms import alike_in_shard_map, by_platform
 
 # By platform, the number of rows that may couple two knots that are eliminated in parallel before a
 # QR reduces them to four; None eliminates one knot after the other. More rows are fewer kernels. An

@@ -22,13 +22,13 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
 from ..codes import AbstractCode, Decoded, encode_groups
-from ..codes._code import deviation, deviations, variances
-from ..codes._decoding import decode_vectors
+from ..codes.code import deviation, deviations, variances
+from ..codes.decoding import decode_vectors
 from ..codes.kept import Matrices, encoder_of
 from ..codes.trees import join, scalar_leaf
 from ..evaluation import Answers, record_answers
-from ..evaluation._answers import cut_groups, in_parts
-from ..evaluation._objective import draw_sets
+from ..evaluation.answers import cut_groups, in_parts
+from ..evaluation.objective import draw_sets
 from ..inference.models import Model
 from ..stragglers import AbstractStragglers
 from .interface import (

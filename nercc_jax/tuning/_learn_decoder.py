@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import ArrayLike, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 from ..codes import AbstractCode, LearnedDecoder, Replication, regression_points
-from ..codes._learned_decoder import Regression
+from ..codes.learned_decoder import Regression
 from ..codes.trees import to_device
-from ..evaluation._answers import batched, coded_outputs, cut_groups, own_outputs
+from ..evaluation.answers import batched, coded_outputs, cut_groups, own_outputs
 from ..inference.models import Model
 from ..stragglers import ExactStragglers, straggler_sets
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ..codes import AbstractCode
-from ..codes._points import mean_gap
+from ..codes.points import mean_gap
 
 # A `dict[str, Array]`, but declared as Any, because optax's own types accept any tree.
 Parameters: TypeAlias = Any

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree, Shaped
 
 from ..codes.checks import check_fields
-from ..evaluation._answers import cut_groups
+from ..evaluation.answers import cut_groups
 from ..splines.arrays import native
 
 

@@ -19,8 +19,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray, PyTree, Shape
 from ..codes import AbstractCode
 from ..codes.checks import check_fields, check_not_negative, check_positive
 from ..codes.trees import groups_of, join, to_device
-from ..evaluation._objective import Trial, draw_sets, make_trial
 from ..evaluation.criteria import Criterion
+from ..evaluation.objective import Trial, draw_sets, make_trial
 from ..inference.models import Model, check_model
 from ..stragglers import AbstractStragglers
 from ._parameters import Code, Parameters, Rebuild, parametrize

@@ -22,7 +22,7 @@ require("starlette", "serve")
 
 from nercc_jax import Berrut, NeRCC
 from nercc_jax.serving import ModelSettings, ServerSettings, make_servable, make_server
-from nercc_jax.serving.protocol._servable import Preprocessing
+from nercc_jax.serving.protocol.servable import Preprocessing
 
 BACC = Berrut(2, 3, points="interleaved")
 

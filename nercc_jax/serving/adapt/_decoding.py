@@ -14,13 +14,13 @@ from jax.typing import DTypeLike
 from jaxtyping import ArrayLike, Float
 
 from ...codes.workers import run_workers
-from ...evaluation._answers import batched, cut_groups
+from ...evaluation.answers import batched, cut_groups
 from ...evaluation.criteria import agree_on_labels, root_mean_square
 from ...inference import cast_model, current_conditions
 from ...inference.models import Model
 from ...risk import Accuracy, ErrorProbability
-from ...risk._error_bars import fit_error_scale
-from ...risk._error_probability import fit_error_probability
+from ...risk.error_bars import fit_error_scale
+from ...risk.error_probability import fit_error_probability
 from ..core._coder import Coder, Score
 
 _MARGIN = 1  # the index of the feature of the labels' margin, which values do not have

@@ -25,15 +25,15 @@ from jaxtyping import Bool, Float, Shaped
 
 from ...codes import Decoded
 from ...codes.trees import Form, join
-from ...evaluation._answers import in_parts
+from ...evaluation.answers import in_parts
 from ...evaluation.criteria import agree_on_labels, row_errors
 from ...inference.models import Model
 from ...pools.clock import TimeShare
 from ...risk import ErrorProbability, Risk, RiskMonitor
-from ...risk._accuracy import bar_factor, error_ratios
-from ...risk._answer_check import AnswerCheck, fit_answer_check
-from ...risk._error_probability import fit_error_probability
-from ...risk._features import label_features
+from ...risk.accuracy import bar_factor, error_ratios
+from ...risk.answer_check import AnswerCheck, fit_answer_check
+from ...risk.error_probability import fit_error_probability
+from ...risk.features import label_features
 from ...surrogates import (
     AbstractSurrogate,
     Learner,

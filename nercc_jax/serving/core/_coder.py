@@ -29,14 +29,14 @@ from ...codes import (
     NeRCC,
     decode_groups,
 )
-from ...codes._berrut import berrut_matrix
+from ...codes.berrut import berrut_matrix
 from ...codes.kept import encoder_of, kept_matrices
 from ...codes.trees import Form
 from ...codes.workers import encode_on_host
 from ...risk import Accuracy, ErrorProbability
-from ...risk._error_bars import ErrorScale
-from ...risk._features import decoding_features
-from ...splines._host import smoothing_matrix_on_host
+from ...risk.error_bars import ErrorScale
+from ...risk.features import decoding_features
+from ...splines.host import smoothing_matrix_on_host
 from ._request import repeat_rows
 
 Score: TypeAlias = ErrorProbability | ErrorScale

@@ -27,7 +27,7 @@ from pydantic import (
 
 from .._policy import MAX_DEADLINE_S
 from ..core._request import DeadlineExceeded, InferenceFailed, QueueFull, Reply, ServerClosing
-from ._servable import ADDED, Servable, Tensor
+from .servable import ADDED, Servable, Tensor
 
 # The value of a probability or an error that is unknown: JSON has no NaN.
 UNKNOWN = -1.0

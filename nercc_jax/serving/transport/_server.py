@@ -20,11 +20,11 @@ from prometheus_client.process_collector import ProcessCollector
 
 from ...codes import AbstractCode, NeRCC, Uncoded
 from ...inference.models import Model
-from .._metrics import Metrics
 from .._served_model import ServedModel
 from .._tracing import provider_from_environment
 from ..adapt._predictor import Predictor
-from ..protocol._servable import Servable, make_servable
+from ..metrics import Metrics
+from ..protocol.servable import Servable, make_servable
 from ..settings import ModelSettings, ServerSettings
 from ._grpc import GrpcServer
 from ._rest import RestApp

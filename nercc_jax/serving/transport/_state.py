@@ -36,7 +36,7 @@ from ..protocol._messages import (
     question_of,
     response_of,
 )
-from ..protocol._servable import ADDED
+from ..protocol.servable import ADDED
 from ..settings import ServerSettings
 
 _LOG = logging.getLogger(__name__)

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ..splines._knots import gather_knots
 from ..splines.arrays import namespace
-from ._points import AbstractPointsCode
+from ..splines.knots import gather_knots
+from .points import AbstractPointsCode
 
 
 class Berrut(AbstractPointsCode):

@@ -20,7 +20,7 @@ from ..codes.checks import check_count
 from ..codes.trees import to_device
 from ..evaluation.criteria import root_mean_square
 from ..surrogates import Kernel, Learner, LearnerTuning, tune_learner
-from ._accuracy import Accuracy, bar_factor, conformal_quantile
+from .accuracy import Accuracy, bar_factor, conformal_quantile
 
 _LEVELS = 1000  # the number of coverages whose factors are stored
 

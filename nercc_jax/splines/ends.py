@@ -22,8 +22,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ._knots import Knots
 from .arrays import namespace, where
+from .knots import Knots
 
 Ends: TypeAlias = Literal["natural", "not-a-knot"]
 

@@ -13,8 +13,8 @@ from jax.typing import DTypeLike
 from jaxtyping import ArrayLike, Bool, PyTree, Shaped
 
 from ..codes import AbstractCode, decode_groups, encode_groups
-from ..codes._code import check_mask
-from ..codes._decoding import compiled_decode, in_auto_mode
+from ..codes.code import check_mask
+from ..codes.decoding import compiled_decode, in_auto_mode
 from ..codes.kept import CachedMatrices, known_matrices
 from ..codes.trees import (
     any_tracer,

@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from ._ends import Ends, check_ends, combined, not_a_knot
-from ._knots import Knots, by_observation, gap_of, gather_knots, hermite_basis
-from ._platforms import unsharded
 from ._problem import Columns, Problem, steps
 from ._rule import solve, variance
 from .arrays import jitted, product, taken, where
+from .ends import Ends, check_ends, combined, not_a_knot
+from .knots import Knots, by_observation, gap_of, gather_knots, hermite_basis
+from .platforms import unsharded
 
 
 class SmoothingSpline(eqx.Module):

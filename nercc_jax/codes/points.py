@@ -15,8 +15,8 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from ..splines.arrays import namespace, where
-from ._code import AbstractNumpyCode
 from .checks import check_counts
+from .code import AbstractNumpyCode
 from .trees import to_device
 
 Layout: TypeAlias = Literal[

@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from ._ends import Ends, combined, not_a_knot
-from ._knots import Knots, gap_of, gather_knots, hermite_basis
+from .ends import Ends, combined, not_a_knot
+from .knots import Knots, gap_of, gather_knots, hermite_basis
 
 
 def smoothing_matrix_on_host(

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Shaped
 
 from ...codes.trees import Form
 from ...codes.workers import call_model
-from ...evaluation._answers import in_parts
+from ...evaluation.answers import in_parts
 from ...inference.models import Model, check_model
 from ...pools.batch import reason_of
 from ..core._setup import fit_rows

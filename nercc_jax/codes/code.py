@@ -1,7 +1,7 @@
 """The interface of all codes.
 
 A code is two matrices: the encoder E (N, K) and, for the workers that answered, the decoder D
-(K, N). What happens to answers that are missing or broken is in `_decoding.py`.
+(K, N). What happens to answers that are missing or broken is in `decoding.py`.
 """
 
 import abc
@@ -17,7 +17,7 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..splines.arrays import native
-from ._decoding import Decoded, PlainMap, decode_groups, encode_groups
+from .decoding import Decoded, PlainMap, decode_groups, encode_groups
 from .kept import known_matrices
 from .trees import (
     check_data,

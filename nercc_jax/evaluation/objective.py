@@ -15,10 +15,10 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree, 
 from ..codes import AbstractCode, Decoded, encode_groups
 from ..codes.trees import groups_of, join, points_of, to_device
 from ..codes.workers import call_model, run_workers
-from ..inference._coded import as_groups
+from ..inference.coded import as_groups
 from ..inference.models import Model, check_model
 from ..stragglers import AbstractStragglers, straggler_sets
-from ._answers import Answers
+from .answers import Answers
 from .criteria import Criterion
 
 

@@ -23,9 +23,9 @@ from typing import TypeAlias
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ._accuracy import conformal_quantile
-from ._error_probability import logistic_regression
-from ._features import lead_of
+from .accuracy import conformal_quantile
+from .error_probability import logistic_regression
+from .features import lead_of
 
 _REFERENCES = 256  # right answers with which answers are compared
 _COVARIANCES = 256  # the most outputs for which covariances are used

@@ -29,8 +29,8 @@ from jax.core import Tracer
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
-from ..splines._platforms import alike_in_shard_map
 from ..splines.arrays import native, where
+from ..splines.platforms import alike_in_shard_map
 from .kept import Matrices, kept_matrices
 from .trees import any_tracer, join, to_device
 

@@ -22,8 +22,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..codes.trees import Form, to_device
 from ..splines.arrays import namespace
-from ._accuracy import risk_cap, upper_bound
-from ._features import label_features
+from .accuracy import risk_cap, upper_bound
+from .features import label_features
 
 
 class ErrorProbability(eqx.Module):
