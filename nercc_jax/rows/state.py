@@ -289,9 +289,8 @@ class RowState:
             call.age, call.late = age, late
             if age > limit and not call.given_up:
                 call.given_up = True  # an answer that still arrives is used
-                fail_call(
-                    self.table, self.queue, call, f"no answer within {limit:g} s", raised=False
-                )
+                why = f"no answer within {limit:g} s"
+                fail_call(self.table, self.queue, call, why, raised=False)
             overdue[call.rows] |= late or call.given_up
         self._review()
 
@@ -309,22 +308,20 @@ class RowState:
             if self.queue.spent or (known and max(left, oldest) > min(tick.fit_seconds, until_end)):
                 self._learn(hurry)
 
-        if until_end <= 0:
-            return self._end("before the job's deadline")
-        if self.queue.empty and self._finished():
-            return self._end("before the job's last call")
+        if until_end <= 0 or (self.queue.empty and self._finished()):
+            return self._end(f"before the job's {'deadline' if until_end <= 0 else 'last call'}")
         # Late calls are copied once, to workers that would be idle. A copy may be as slow as its
         # original, so copies go before other rows in one case only: if most of a statistic's
         # interval comes from late rows. Then they take at most a quarter of the workers.
         late_first = self.estimated is not None and self.estimated.from_late > 0.5
         first = max(tick.report.num_workers // 4, 1) if late_first else 0
         first -= sum(call.copy and not call.given_up for call in self.calls.values())
+        most = max(first, self._idle if self.queue.empty else 0)
         for call in sorted(self.calls.values(), key=lambda call: -call.age):
             rows = call.rows[self.table["state"][call.rows] < PREDICTED]
-            may = first > 0 or (self.queue.empty and self._idle > 0)
             elsewhere = call.copy or call.given_up or call.copied  # another call has its rows
-            if may and call.late and not elsewhere and len(rows):
-                call.copied, first = True, first - 1
+            if most > 0 and call.late and not elsewhere and len(rows):
+                call.copied, most = True, most - 1
                 self._send(rows, copy=True)
         return None
 
@@ -359,33 +356,28 @@ class RowState:
         The refilled queue may hold rows again: those that were predicted accurately enough before
         an audit showed that the error bars were too short.
         """
-        evidence, table, queue = self.evidence, self.table, self.queue
-        self.queue.refill(self.evidence, self.estimated, self.computed)
+        evidence, table, queue, checks = self.evidence, self.table, self.queue, self.checks
+        queue.refill(evidence, self.estimated, self.computed)
         if self.estimated is not None and not (queue.spent or len(queue.waiting)):
             rows = table.all_in(WAITING)  # the interval is still too long: draw more rows
             queue.waiting = np.random.default_rng(self.computed).permutation(rows)[:NEWS]
             table["audit"][queue.waiting], table["known"][queue.waiting] = True, False
-        rows = table.all_in(SENT)
+        rows, late = table.all_in(SENT), [each.rows for each in self.calls.values() if each.late]
         if not queue.empty or (len(rows) and (self.estimated is not None or evidence.fit is None)):
             return False
         # Calls that are not late will answer soon, and an answer is better than a prediction.
         # Audits are waited for, however late they are.
-        late = [call.rows for call in self.calls.values() if call.late]
         good = np.isin(rows, np.concatenate([[], *late]))
         good &= evidence.score(rows, late=True) <= evidence.limit if len(rows) else True
         good &= ~(table["audit"][rows] & (self.settings.compute == "needed"))
         if not good.all():
             return False
         if self.seen.learning:  # rows beyond `max_calls` can only be predicted: wait for that
-            return self.checks is None and not (queue.spent and len(table.open))
+            return checks is None and not (queue.spent and len(table.open))
         # Before the end, check once the values that came before there was a check, and fit the
         # learner again if rows that it learned were taken back.
-        unchecked = (table["state"] == COMPUTED) & ~table["checked"]
-        if (
-            self.checks is not None
-            and table.values is not None
-            and self._checked_at != self.computed
-        ):
+        if checks is not None and table.values is not None and self._checked_at != self.computed:
+            unchecked = (table["state"] == COMPUTED) & ~table["checked"]
             self._checked_at = self.computed
             if unchecked.any() or (not evidence.due and len(table.open)):
                 self._learn(hurry=True)
