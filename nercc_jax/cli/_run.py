@@ -143,7 +143,6 @@ def _by_row(
     ids = None if source.ids is None else source.ids[: len(x)]
     statistic = _statistic(options)
     about = {"model": options.model, "weights": fingerprint(options.weights)}
-    about["inputs"] = split if data.x is None else fingerprint(data.x)
     further: Any = kept | {"about": about, "ids": ids, "num_workers": options.num_workers}
     if options.stop_at is not None:
         further["stop_when"] = lambda estimate: estimate.width <= options.stop_at
@@ -202,7 +201,6 @@ def _by_group(
         "model": options.model,
         "weights": fingerprint(options.weights),
         "outputs": options.outputs,
-        "data": split if data.x is None else fingerprint(data.x),
         "code": fingerprint(options.code) or described,
         "worker_dtype": options.worker_dtype,
     }

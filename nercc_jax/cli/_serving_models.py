@@ -13,9 +13,7 @@ from prometheus_client import CollectorRegistry
 import nercc_models
 
 from ..codes import AbstractCode, Berrut, BerrutSpline, NeRCC, Replication, Uncoded, load_code
-from ..serving import ModelSettings, Predictor, Servable, ServedModel, make_servable
-from ..serving.metrics import Metrics
-from ..serving.protocol.servable import FLOAT
+from ..serving import Metrics, ModelSettings, Predictor, Servable, ServedModel, make_servable
 from ._command import of_option
 from ._options import HUB, Options, Returned
 from ._workload import callable_of, faults_of, load_plain_code, model_of, surrogate_of
@@ -106,7 +104,7 @@ def load_parts(
         name,
         model,
         shape,
-        datatype=settings.input_datatype or getattr(model, "input_datatype", FLOAT),
+        datatype=settings.input_datatype or getattr(model, "input_datatype", "FP32"),
         output_name=returned if shipped else "output",
         calibration=inputs,  # pyright: ignore[reportArgumentType]
         preprocess=None if prepare is None else callable_of("--preprocess", prepare),

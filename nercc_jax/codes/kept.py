@@ -115,6 +115,14 @@ def encoder_of(code: Any) -> Any:
     return made if any_tracer(made) else np.asarray(made)
 
 
+def copies_of(encoder: Float[np.ndarray, "rows num_data"]) -> Bool[np.ndarray, "rows num_data"]:
+    """Return which coded data points equal which data points.
+
+    The rows of a spline's encoder are one-hot only up to rounding.
+    """
+    return np.abs(encoder[:, None] - np.eye(encoder.shape[1])).max(axis=2) < 1e-5
+
+
 def kept_matrices(code: Any) -> KeptMatrices | None:
     """Return a code's cached matrices, or None if they are part of a program.
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..codes import AbstractCode, Decoded, decode_groups, encode_groups
-from ..codes.kept import encoder_of
+from ..codes.kept import copies_of, encoder_of
 from ..codes.trees import (
     Form,
     check_data,
@@ -201,8 +201,7 @@ def coded_outputs(
     """
     rows, kinds = np.asarray(encoder_of(code)), code.worker_models
     check_number_of_models(kinds, len(runs))
-    copies = np.abs(rows[:, None] - np.eye(code.num_data)).max(axis=2) < 1e-6
-    copies &= (kinds[:, None] == 0) & (own is not None)
+    copies = copies_of(rows) & (kinds[:, None] == 0) & (own is not None)
     workers, data_points = np.nonzero(copies)
     places, parts = [workers], [] if own is None else [own[:, data_points]]
     for kind, run in enumerate(runs):

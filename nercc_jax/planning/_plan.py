@@ -20,7 +20,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
 from ..codes import AbstractCode, NeRCC, Replication, decode_groups, regression_points
 from ..codes.checks import check_counts, check_not_negative
-from ..codes.kept import encoder_of
+from ..codes.kept import copies_of, encoder_of
 from ..evaluation import Estimate
 from ..evaluation.answers import batched, coded_outputs, cut_groups, own_outputs
 from ..evaluation.tables import text_table
@@ -400,9 +400,7 @@ class _Half:
 
     def _drawn(self, row: Candidate) -> tuple[Float[np.ndarray, " draws"], Any, Any]:
         """Return the times of the last groups, exact workers, and the mask of lost queries."""
-        # Rows of a spline's encoder are one-hot only up to rounding.
-        points = np.eye(row.num_data)[:, None]
-        own = np.abs(encoder_of(row.code) - points).max(axis=-1) < 1e-5
+        own = copies_of(encoder_of(row.code)).T
         shape = DRAWS, self._asked["num_queries"] // row.num_data
         if row.system == DOUBTED:  # all queries are one group, and groups differ in their copies
             cheap = jnp.asarray(self._cheap)[: len(self.x) // row.num_data * row.num_data]

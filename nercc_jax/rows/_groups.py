@@ -136,7 +136,7 @@ def run_groups(
         arrays = [np.ravel(leaf) for leaf in jax.tree.leaves(code)]
         numbers = np.concatenate(arrays) if arrays else np.zeros(0)
         identity = {"inputs": fingerprint(x), "code": [type(code).__name__, fingerprint(numbers)]}
-        parts = Parts(folder, identity | facts, names, resume=resume)
+        parts = Parts(folder, facts | identity, names, resume=resume)
         for each in parts.read():
             take(each)
     done = batches_done = missing = 0  # data points, batches, and answers that did not come in time

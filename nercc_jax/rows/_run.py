@@ -138,7 +138,7 @@ def run_rows(
     facts = {"rows": len(x)} | {name: getattr(settings, name) for name in kept} | dict(about or {})
     table, parts = RowTable(len(x)), None
     if folder is not None:
-        parts = Parts(folder, {"inputs": fingerprint(x)} | facts, names, resume=resume)
+        parts = Parts(folder, facts | {"inputs": fingerprint(x)}, names, resume=resume)
         for each in parts.read():
             table.take(each)
     opening: Any = contextlib.nullcontext(pool)

@@ -30,7 +30,7 @@ from ...codes import (
     decode_groups,
 )
 from ...codes.berrut import berrut_matrix
-from ...codes.kept import encoder_of, kept_matrices
+from ...codes.kept import copies_of, encoder_of, kept_matrices
 from ...codes.trees import Form
 from ...codes.workers import encode_on_host
 from ...risk import Accuracy, ErrorProbability
@@ -41,8 +41,6 @@ from ._request import repeat_rows
 
 Score: TypeAlias = ErrorProbability | ErrorScale
 
-# The rows of a spline are one-hot up to rounding.
-_ROUNDING = 1e-5
 
 # Straggler sets whose variances are cached: 20 MB with 100 workers.
 _FEW_MASKS = 256
@@ -99,8 +97,7 @@ class Coder:
         self.order = _spread(code)
         self._variances = functools.lru_cache(_FEW_MASKS)(self._make_variances)
         matrices = few_encoders(code, self.order)
-        whole = _place_of(matrices[-1])
-        own = [np.flatnonzero(whole == place) for place in range(self.num_data)]
+        own = [np.flatnonzero(each) for each in copies_of(matrices[-1]).T]
         if not all(len(points) for points in own):
             raise ValueError(
                 f"{type(code).__name__} mixes all queries, so that no answer is exact: use "
@@ -113,10 +110,11 @@ class Coder:
         self.has_deviation = self.can_decode and isinstance(code, NeRCC | LearnedDecoder)
         self._layouts: list[Layout] = []
         for queries, matrix in enumerate(matrices, 1):
-            place_of, redundancy = _place_of(matrix), self.num_workers - self.num_data
+            copies, redundancy = copies_of(matrix), self.num_workers - self.num_data
+            place_of = np.where(copies.any(axis=1), copies.argmax(axis=1), -1)
             extras = _by_use(code, self.order[:queries], np.concatenate(self.first[:queries]))
             extras = extras[: -(-redundancy * queries // self.num_data)]
-            own = tuple(np.flatnonzero(place_of == place) for place in range(queries))
+            own = tuple(np.flatnonzero(each) for each in copies.T)
             self._layouts.append(Layout(matrix, place_of, own, extras))
 
     def layout(self, queries: int) -> Layout:
@@ -253,10 +251,3 @@ def _by_use(
         free = np.setdiff1d(np.arange(len(left)), chosen)
         chosen.append(int(free[np.argmin(distance[free, query])]))
     return left[np.array(chosen, int)]
-
-
-def _place_of(matrix: np.ndarray) -> Int[np.ndarray, " num_workers"]:
-    """Return for each row the column of its one, or -1 if the row is not one-hot."""
-    place = np.argmax(matrix, axis=1)
-    one_hot = np.abs(matrix - np.eye(matrix.shape[1])[place]).max(axis=1) < _ROUNDING
-    return np.where(one_hot, place, -1)
