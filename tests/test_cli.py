@@ -262,6 +262,9 @@ def test_help_fits_a_screen_or_two_and_begins_with_the_usual_options(command):
     first = itertools.takewhile(lambda line: line[:1] == " ", panel)
     names = [found[1] for line in first if (found := re.match(r"  (?:--)?([\w-]+)", line))]
     assert names == [*FIRST[command].split(), "help"]
+    if command == "tune":  # numbers show their default
+        text = "\n".join(lines)
+        assert re.search(r"--steps .*\[default: \d+\]", text)
 
 
 # -- A model of one's own in every command, by what `nercc new-model` writes -----------------------

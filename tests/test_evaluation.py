@@ -43,6 +43,15 @@ def x():
     return np.random.default_rng(0).normal(size=(33, 3)).astype("float32")
 
 
+def test_data_points_without_an_own_answer_are_named(x):
+    def broken(x):
+        return np.where(x[:, :1] > 9, np.nan, np.ones((1, 2), "float32"))
+
+    x[[4, 17]] = 10
+    with pytest.raises(ValueError, match=r"not for data points \[4, 17\]"):
+        record_answers(broken, NeRCC(5, 12), x)
+
+
 def test_metrics_are_what_they_say(x, key):
     labels = np.random.default_rng(1).integers(0, 4, 33)
     rows = evaluate(model, CODES, x, LAWS, key=key, num_sets=3, labels=labels, batch_size=7)

@@ -334,6 +334,10 @@ def test_it_finds_the_same_in_other_units():
         found.append(np.mean(check.suspicious(mean, deviation, right + unit * noise)))
     assert 0.1 < found[1] < 0.9
     np.testing.assert_allclose(found, found[1], atol=0.01)
+    # The surrogate's bias is corrected, whatever its size.
+    check = fit_answer_check(known[0] + 20, *known[1:], 0.02, labels=False)
+    biased = np.mean(check.suspicious(fresh[0] + 20, fresh[1], fresh[2] + noise))
+    assert biased == pytest.approx(found[1], abs=0.03)
 
 
 @pytest.mark.parametrize("outputs", [1, 2, 300])

@@ -26,6 +26,14 @@ def model(x):
     return jnp.tanh(x @ WEIGHTS)
 
 
+def test_a_model_that_is_always_zero_has_a_decoder():
+    code = learn_decoder(lambda x: jnp.zeros((len(x), 2)), NeRCC(K, N), X[:60], key=KEY)
+    for value in (0, 1):
+        answers = np.full((N, 2), value, "float32")
+        decoded = code.try_decode(answers, MASKS[2]).predictions
+        np.testing.assert_allclose(decoded, value, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def learned():
     return learn_decoder(model, NeRCC(K, N), X[:600], key=KEY)

@@ -26,6 +26,8 @@ from nercc_jax.surrogates import (
     principal_components,
     tune_learner,
 )
+
+from nercc_jax.surrogates import _factor, tuning  # isort: skip
 from nercc_jax.surrogates.nearest import nearest_predictions
 from nercc_jax.testing import SimulatedPool
 
@@ -250,6 +252,31 @@ def test_tuning_does_better_on_others_and_deviations_say_how_well():
     assert wrong <= judge(before)[1]
     assert 0.3 < ratio < 1.5
     assert after.kernel.widths[2] > 2 * after.kernel.widths[0]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_slopes_of_the_left_out_loss_are_central_differences(shape):
+    rng = np.random.default_rng(5)
+    x, y = rng.normal(size=(14, 4)), rng.normal(size=(14, 3))
+    known = tuning._Pairs(y - y.mean(axis=0), 3, rng.uniform(0, 0.1, 14), rng.integers(1, 4, 14))
+    groups = np.array([0, 1, 1, 2])
+    free = np.array([0.3, -0.2, 0.5, -2.0, -1.0])  # logarithms of widths, noise and linear
+    loss = functools.partial(tuning._left_out_loss, known, shape, x, groups, 1e-6)
+    steps = 1e-5 * np.eye(len(free))
+    wanted = [(loss(free + step)[0] - loss(free - step)[0]) / 2e-5 for step in steps]
+    np.testing.assert_allclose(loss(free)[1], wanted, rtol=1e-6, atol=1e-8)
+
+
+def test_the_jitter_of_a_singular_covariance_is_a_few_roundings():
+    """On the host and in a program, and no more for a matrix of another size."""
+    x = np.random.default_rng(1).normal(size=(30, 2)).astype("float32")
+    covariance = x @ x.T
+    covariance -= 4e-6 * np.eye(30, dtype="float32")  # slightly indefinite
+    for unit in (np.float32(1e-3), np.float32(1), np.float32(1e3)):
+        for whiten in (_factor.whiten, jax.jit(_factor.whiten)):
+            whitening, jitter = whiten(unit * covariance, unit * np.float32(1))
+            assert np.isfinite(whitening).all()
+            assert 0 < jitter <= 100 * unit * np.finfo("float32").eps * covariance.max()
 
 
 @pytest.mark.parametrize("function", [np.sin, np.tanh, np.sign], ids=["sine", "tanh", "sign"])

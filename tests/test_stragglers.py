@@ -158,6 +158,15 @@ def test_copies_are_other_workers_calls_of_the_same_time():
     assert (replay.copies[:, slow] == 1).all(), "worker 0 is not its own copy"
     assert (replay.copies[:, ~slow] > 5).any()
     assert RecordedCalls.replay(calls[:10], 2, workers=4, seed=0) is None
+    # The first copy is one of the next calls, as many as there are workers; the second one of those
+    # that follow.
+    rising = [Call(float(i), 1.0 + i, 1, i % 4) for i in range(400)]
+    replay = RecordedCalls.replay(rising, 2, workers=4, seed=0)
+    later = np.rint((replay.copies - replay.own) * replay.median)[
+        :, replay.own < replay.own.max() / 2
+    ]
+    assert set(later[0]) == {1, 2, 3}, "the fourth is the worker's own"
+    assert set(later[1]) == {5, 6, 7}
     # What is slow together stays together: a copy is as slow as its query.
     together = [Call(float(i), 1.0 if 200 <= i < 400 else 0.1, 1, i % 4) for i in range(600)]
     replay = RecordedCalls.replay(together, 1, workers=4, seed=0)
