@@ -376,6 +376,13 @@ def test_the_demo_goes_on_where_some_mixtures_have_no_answer(folder):
 
 
 @pytest.mark.slow
+def test_tuning_takes_as_many_steps_as_it_is_told(folder):
+    options = "--num-data 2 --num-workers 4 --steps 1 --sets 1 --max-stragglers 1 --seed 1"
+    words = ("--model", "own_parts:model", "--plot", "one.png", "--output", "one.json")
+    assert "1 steps in" in succeeds("tune", *words, *options.split())
+
+
+@pytest.mark.slow
 def test_commands_run_what_jax_cannot_trace_but_tune_says_why_not(folder):
     code = ("--num-data", "2", "--num-workers", "4")
     report = succeeds("demo", "--model", "own_parts:by_hand", *code, "--plot", "by-hand.png")

@@ -319,6 +319,14 @@ def test_threads_share_the_hosts_cores(options, spare, monkeypatch):
         assert (pool.idle, pool.spare) == (4, spare)
 
 
+def test_a_closed_pool_has_no_threads_left():
+    before = set(threading.enumerate())
+    with DevicePool(itself, 3, compiled=False):
+        own = set(threading.enumerate()) - before
+    assert len(own) >= 3
+    assert not any(thread.is_alive() for thread in own)
+
+
 def test_points_go_out_one_after_the_other_and_changes_are_reported():
     changes = threading.Semaphore(0)
     with DevicePool(itself, 2, compiled=False) as pool:

@@ -26,6 +26,7 @@ from nercc_jax.risk import Accuracy, Comparison, Risk, RiskMonitor, logistic_reg
 from nercc_jax.risk._monitor import WorkerMonitor
 from nercc_jax.risk.error_bars import error_bars_from_ratios, fit_error_scale
 from nercc_jax.risk.error_probability import fit_error_probability
+from nercc_jax.risk.features import label_features
 from nercc_jax.surrogates import Surrogate
 
 LABELS, VALUES, POOL = Accuracy(max_disagreement=0.1), Accuracy(tolerance=1.0), 8
@@ -507,6 +508,18 @@ def seen(scheme, x):
     return [np.asarray(each) for each in zip(*found, strict=True)]
 
 
+def test_features_that_tell_nothing_have_a_tenth_of_the_weight_that_was_fitted():
+    """A regression on few samples is judged on samples that it has not seen."""
+    rng, ratios = np.random.default_rng(3), []
+    for _ in range(8):
+        features = np.concatenate([np.ones((40, 1, 1)), rng.normal(size=(40, 1, 12))], axis=-1)
+        wrong = rng.random((40, 1)) < 0.3
+        fitted = logistic_regression(features[:, 0], wrong[:, 0], (1, 2))
+        found = fit_error_probability(features, wrong).weights
+        ratios.append(np.linalg.norm(found[1:]) / np.linalg.norm(fitted[1:]))
+    assert np.median(ratios) == pytest.approx(0.1)
+
+
 @pytest.mark.parametrize(
     ("code", "surrogate"),
     [("chebyshev", None), ("repeated", Surrogate(rough, theta=0.8, kappa=2.0))],
@@ -540,6 +553,18 @@ def test_it_keeps_its_promises_on_other_data(code, surrogate, key):
             np.mean(~kept), error_probability.share(error_probability.limit(wanted)), atol=0.05
         )
     assert error_probability.limit(1.0) == error_probability.levels[-1]
+
+
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_the_features_of_labels(xp):
+    """The constant, the ratio's negative and positive parts, the margin's size, the surrogate."""
+    predictions = xp.asarray([[3.0, 1.0, 0.0], [0.0, 0.5, 0.25]])
+    cheap = xp.asarray([[0.0, 2.0, 1.0], [0.0, 1.0, 0.0]])
+    found = np.asarray(label_features(predictions, xp.asarray([0.5, 1.0]), cheap, None))
+    size = np.log([2, 0.25])
+    wanted = [np.ones(2), [0, size[1]], [np.log(4), 0], size]
+    np.testing.assert_allclose(found[:, :4].T, wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(found[:, 4], [-1, 1])
 
 
 def test_sure_ones_and_lost_ones(key, dtype):

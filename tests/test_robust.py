@@ -77,6 +77,16 @@ def test_the_one_left_out_is_the_worst_of_all_refits(lambda_, most, dtype):
         assert set(np.flatnonzero(found)) == set(seen) - left
 
 
+@pytest.mark.parametrize(("number", "left_out"), [(4, 0), (5, 1), (6, 2), (7, 3), (8, 3), (9, 4)])
+def test_less_than_half_are_left_out_and_four_are_kept(number, left_out):
+    code = NeRCC(3, number)
+    y = lies(honest(code, "float32"), np.arange(number))
+    found = find_adversaries(
+        code.beta, jnp.asarray(y), mask(number), 1e-4, max_adversaries=number, threshold=0.0
+    )
+    assert np.sum(found) == left_out
+
+
 def test_who_comes_back_is_within_the_threshold_of_a_refit():
     """Exactly those: the oracle's misfits of all that were left out, without any of them."""
     with jax.enable_x64(True):

@@ -32,6 +32,7 @@ def test_stragglers_are_answered_as_soon_as_they_are_noticed():
     before, replies = traffic.calls(), traffic.send(500)
     seconds = np.array([seconds for seconds, *_ in replies])
     predicted = [each for each in replies if each[1].predicted[0]]
+    assert traffic.observed["predict_seconds"] >= len(predicted)
     # A tenth straggles, most of which is known: hardly a call more, and few wait for another.
     assert len(predicted) > 25
     assert traffic.calls() - before < 520

@@ -549,6 +549,7 @@ def test_errors_are_statuses_with_their_reason(server, told, caplog, error, stat
     headers = post(server, "/v2/models/digits/infer", content=body()).headers
     assert headers.get("retry-after") == ("1" if status in (429, 503) else None)
     assert ("a bug" in caplog.text) == (status == 500)
+    assert ("a gRPC call failed" in caplog.text) == (status == 500)
 
 
 # Clients that go away, queues that are full, health.
