@@ -109,6 +109,20 @@ def test_late_rows_that_never_came_widen_the_interval_and_are_said():
     assert low <= function(x)[:, 0].mean() <= high
 
 
+def test_rows_that_never_came_are_surely_on_one_side_of_a_far_quantile():
+    x = rows()
+    y = function(x)[:, 0]
+
+    def never(x):
+        return np.where(function(x)[:, 0] < np.quantile(y, 0.1), 1e3, 0.0)
+
+    result, _ = run(x, slow=never, job_deadline=30.0)
+    for q in (0.5, 0.9):
+        low, high = result.quantile(q, first).interval
+        assert low <= np.quantile(y, q) <= high
+        assert high - low < 0.05
+
+
 def test_a_run_without_a_learner_estimates_by_the_rows_that_came():
     x = rows()
     y = function(x)[:, 0]

@@ -238,6 +238,9 @@ def test_answers_within_the_time_of_grace_judge_bars_and_change_no_value(quick_f
     # Added to those that had a bar when they came late in the run.
     assert result.summary["came_late"] >= barred.sum() > 0
     assert result.summary["came_late_held"] >= held
+    at_once, _ = run_timed(seconds, workers=80, deadline=NEVER, **options | {"grace": 0.0})
+    assert at_once.summary["came_late"] < result.summary["came_late"]
+    np.testing.assert_array_equal(at_once.values, result.values)
 
 
 def test_a_budget_of_calls_is_kept(quick_fit):
