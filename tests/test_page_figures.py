@@ -653,7 +653,8 @@ def minutes():
         ),
         "adversaries": sum(part["seconds"] for part in read("adversaries")["parts"].values()),
     }
-    for each in {f"({each / 60:.0f}" for each in seconds.values()}:
+    # The longest first, since what is found is taken out, and "(3" is in "(324".
+    for each in sorted({f"({each / 60:.0f}" for each in seconds.values()}, key=len, reverse=True):
         yield "docs/reproduce.md", each
 
 
