@@ -1,5 +1,6 @@
 """The planner: what it promises is kept, by events drawn one by one and by fresh data."""
 
+import collections
 import dataclasses
 import json
 from typing import Any
@@ -175,6 +176,22 @@ def test_hedging_is_as_the_formula_has_it(key, copies, at_once):
         assert np.mean(there > t) == pytest.approx(np.exp(-out), abs=5e-3)
     late = [np.exp(-sum(max(time - earlier, 0) for earlier in times)) for time in times[1:]]
     assert np.mean(sent) == pytest.approx(1 + sum(late), abs=5e-3)
+
+
+def test_where_no_call_is_late_every_system_is_shown_with_its_longest_wait(key):
+    found = _plan(key, TraceLatency(jnp.full(50, 0.05)), 96)
+    assert found.recommended.system == "uncoded"
+    seen = collections.defaultdict(set)
+    for row in found.candidates:
+        waits, copies = (row.num_workers, row.wait_for), (row.copies, row.hedge_copies)
+        seen[row.system].add(copies if row.system == "hedged" else waits)
+    assert seen == {
+        "uncoded": {(4, 4)},
+        "hedged": {(2, 1), (3, 1), (3, 2)},
+        "replication": {(5, 5), (6, 6)},
+        "NeRCC chebyshev": {(5, 4), (6, 5)},
+        "NeRCC interleaved": {(5, 4), (6, 5)},
+    }
 
 
 def test_a_group_ends_when_every_data_point_has_an_answer_of_its_own():

@@ -192,6 +192,7 @@ def test_a_head_that_dies_takes_nothing_with_it(cluster, tmp_path):
                 runner.kill()
     text = (tmp_path / "log").read_text()
     assert "takes connections and says nothing, as a process that is stopped" in text
+    assert "Ray's head answers again" in text
     assert "does not answer: workers go on, none is replaced" in text
     assert "stopped before Ray ends this process" in text
     written = json.loads(parts.read_text())["parts"]
