@@ -11,6 +11,7 @@ import nercc_jax
 # From the bottom up: a room imports from those before it only.
 ROOMS = (
     "compilation",
+    "arrays",
     "splines",
     "codes",
     "stragglers",

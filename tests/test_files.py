@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import nercc_jax as nj
-from nercc_jax.codes.whole_files import NO_CHECKSUM, read_checked, write_checked
+from nercc_jax.arrays import NO_CHECKSUM, read_checked, write_checked
 from nercc_jax.pools import DevicePool
 from nercc_jax.rows import run_rows
 

@@ -9,7 +9,8 @@ from conftest import require
 from test_architecture import ROOMS
 
 DOCS = Path(__file__).parents[1] / "docs"
-MODULES = (*(f"nercc_jax.{room}" for room in ROOMS if room != "cli"), "nercc_models")
+ROOMS_OF_USERS = [room for room in ROOMS if room not in ("cli", "arrays")]
+MODULES = (*(f"nercc_jax.{room}" for room in ROOMS_OF_USERS), "nercc_models")
 
 
 @pytest.fixture

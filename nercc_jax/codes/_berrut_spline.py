@@ -6,12 +6,11 @@ import equinox as eqx
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ..splines.arrays import namespace
+from ..arrays import namespace, scalar_leaf
 from ..splines.ends import Ends, check_ends
 from ._nercc import AbstractSplineCode
 from .berrut import berrut_matrix
 from .points import AbstractPointsCode, Points
-from .trees import scalar_leaf
 
 
 class BerrutSpline(AbstractSplineCode):

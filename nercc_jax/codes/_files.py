@@ -10,6 +10,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
+from ..arrays import read_entries, write_entries
 from ._berrut_spline import BerrutSpline
 from ._lagrange import Lagrange
 from ._nercc import NeRCC
@@ -18,7 +19,6 @@ from ._replication import Replication, Uncoded
 from .berrut import Berrut
 from .code import AbstractCode
 from .learned_decoder import LearnedDecoder
-from .whole_files import read_entries, write_entries
 
 _ENTRIES = {"code", "numbers", "dtypes", "about"}
 # Numbers that codes got later: a file without them means the constructor's default.

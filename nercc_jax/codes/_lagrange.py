@@ -6,10 +6,9 @@ import equinox as eqx
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ..splines.arrays import namespace, product
+from ..arrays import check_count, namespace, product
 from ..splines.knots import gather_knots
 from .berrut import barycentric_matrix
-from .checks import check_count
 from .points import AbstractPointsCode, Points
 
 

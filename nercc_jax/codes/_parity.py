@@ -6,8 +6,7 @@ import equinox as eqx
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from ..splines.arrays import namespace
-from .checks import check_counts
+from ..arrays import check_counts, namespace
 from .code import AbstractNumpyCode
 
 

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ..splines.arrays import namespace
-from .checks import check_count, check_counts
+from ..arrays import check_count, check_counts, namespace
 from .code import AbstractNumpyCode
 from .points import copies
 

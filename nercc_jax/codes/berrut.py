@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ..splines.arrays import namespace
+from ..arrays import namespace
 from ..splines.knots import gather_knots
 from .points import AbstractPointsCode
 

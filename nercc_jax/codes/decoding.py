@@ -29,10 +29,9 @@ from jax.core import Tracer
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
-from ..splines.arrays import native, where
+from ..arrays import any_tracer, join, native, to_device, where
 from ..splines.platforms import alike_in_shard_map
 from .kept import Matrices, kept_matrices
-from .trees import any_tracer, join, to_device
 
 # TPUs and GPUs would round the factors of a float32 product.
 FULL = jax.lax.Precision.HIGHEST

@@ -14,10 +14,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from ..splines.arrays import namespace, where
-from .checks import check_counts
+from ..arrays import check_counts, namespace, to_device, where
 from .code import AbstractNumpyCode
-from .trees import to_device
 
 Layout: TypeAlias = Literal[
     "chebyshev", "approxifer", "sbacc", "uniform", "interleaved", "repeated"

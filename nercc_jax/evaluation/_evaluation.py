@@ -10,11 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree, Shaped
 
+from ..arrays import check_count, leaves_of, native
 from ..codes import AbstractCode
-from ..codes.checks import check_count
-from ..codes.trees import leaves_of
 from ..inference.models import Model
-from ..splines.arrays import native
 from ..stragglers import AbstractStragglers
 from .answers import Answers, batched, coded_outputs, cut_groups, own_outputs
 from .tables import text_table

@@ -13,9 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
-from ..codes import AbstractCode, Decoded, decode_groups, encode_groups
-from ..codes.kept import copies_of, encoder_of
-from ..codes.trees import (
+from ..arrays import (
     Form,
     check_data,
     check_finite,
@@ -23,11 +21,14 @@ from ..codes.trees import (
     groups_of,
     join,
     leaves_of,
+    namespace,
+    native,
     points_of,
 )
+from ..codes import AbstractCode, Decoded, decode_groups, encode_groups
+from ..codes.kept import copies_of, encoder_of
 from ..codes.workers import call_model, check_number_of_models
 from ..inference.models import Model, check_model
-from ..splines.arrays import namespace, native
 from .criteria import Criterion, agree_on_labels, labels_of, point_criterion, same_labels
 
 Run: TypeAlias = Callable[[PyTree], PyTree]  # a model for any number of data points: `batched`

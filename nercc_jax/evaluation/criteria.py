@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from ..codes.trees import Form, join
-from ..splines.arrays import constant, namespace, native, working_dtype
+from ..arrays import Form, join, namespace, native, root_mean_square, working_dtype
 
 CriterionName: TypeAlias = Literal["mse", "cross_entropy", "disagreement"]
 Criterion: TypeAlias = CriterionName | Callable[[PyTree, PyTree], Float[Array, ""]]
@@ -77,29 +76,6 @@ def agree_on_labels(
     if form is not None:
         outputs = [form.split(each) for each in outputs]
     return same_labels(*(labels_of(each, axes) for each in outputs), axes)
-
-
-def safe_sqrt(square: Float[Any, "..."]) -> Float[Any, "..."]:
-    """Return the square root, which is 0 below 0 and has a derivative of 0 there."""
-    xp, positive = namespace(square), square > 0
-    return xp.where(positive, xp.sqrt(xp.where(positive, square, 1)), 0)
-
-
-def root_mean_square(
-    x: Float[Any, "..."], axis: int | None = None, where: Bool[Any, "..."] | None = None
-) -> Float[Any, "..."]:
-    """Return the root of the mean square; 0 for none.
-
-    Numbers are scaled before they are squared: float32 cannot hold squares of 1e20 or 1e-23.
-    """
-    xp = namespace(x)
-    where = xp.ones((), bool) if where is None else where
-    x = xp.where(where, x, 0)
-    size = constant(xp.max(xp.abs(x), axis=axis, keepdims=True, initial=0))
-    unit = xp.where((size > 0) & xp.isfinite(size), size, 1)
-    count = xp.sum(xp.broadcast_to(where, x.shape), axis=axis)
-    square = xp.sum((x / unit) ** 2, axis=axis) / xp.maximum(count, 1)
-    return xp.squeeze(unit, axis=axis) * safe_sqrt(square)
 
 
 def row_errors(

@@ -19,8 +19,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
-from ..codes.kept import x64_enabled
-from ..codes.trees import is_float
+from ..arrays import is_float, x64_enabled
 
 Model: TypeAlias = Callable[..., Array]
 

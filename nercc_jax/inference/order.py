@@ -13,9 +13,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from ..codes.checks import check_count
-from ..codes.trees import is_float, join, leaves_of, to_device
-from ..splines.arrays import native, working_dtype
+from ..arrays import check_count, is_float, join, leaves_of, native, to_device, working_dtype
 
 Features: TypeAlias = Callable[[PyTree], PyTree] | PyTree[Float[ArrayLike, "points ..."]]
 

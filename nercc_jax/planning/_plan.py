@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
+from ..arrays import check_counts, check_not_negative
 from ..codes import AbstractCode, NeRCC, Replication, decode_groups, regression_points
-from ..codes.checks import check_counts, check_not_negative
 from ..codes.kept import copies_of, encoder_of
 from ..evaluation import Estimate
 from ..evaluation.answers import batched, coded_outputs, cut_groups, own_outputs

@@ -12,7 +12,7 @@ import jax
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from ..codes.checks import check_count
+from ..arrays import check_count
 from ..inference import current_conditions
 from ..inference.models import Model, check_worker_dtype
 from ._faults import Faults

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..codes.checks import check_counts
+from ..arrays import check_counts
 from ._schedule import Schedule, SendTask, StartLife
 from .backend import WorkerBackend, WorkerDied
 from .batch import Batch, reason_of

@@ -16,9 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ..codes.checks import check_count
-from ..codes.trees import to_device
-from ..evaluation.criteria import root_mean_square
+from ..arrays import check_count, root_mean_square, to_device
 from ..surrogates import Kernel, Learner, LearnerTuning, tune_learner
 from .accuracy import Accuracy, bar_factor, conformal_quantile
 

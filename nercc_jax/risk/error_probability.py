@@ -20,8 +20,7 @@ import equinox as eqx
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ..codes.trees import Form, to_device
-from ..splines.arrays import namespace
+from ..arrays import Form, namespace, to_device
 from .accuracy import risk_cap, upper_bound
 from .features import label_features
 

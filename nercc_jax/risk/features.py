@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ..codes.trees import Form
-from ..splines.arrays import namespace
+from ..arrays import Form, namespace
 
 _LEAST = 1e-30  # least argument of a logarithm
 

@@ -20,8 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from ..codes.checks import check_count
-from ..evaluation.criteria import agree_on_labels, root_mean_square, row_errors
+from ..arrays import check_count, root_mean_square
+from ..evaluation.criteria import agree_on_labels, row_errors
 from ..risk import Comparison, ErrorProbability, Risk
 from ..risk.accuracy import conformal_quantile, error_ratios
 from ..risk.answer_check import AnswerCheck, fit_answer_check

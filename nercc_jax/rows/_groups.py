@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from jaxtyping import Shaped
 
+from ..arrays import check_count
 from ..codes import AbstractCode
-from ..codes.checks import check_count
 from ..pools import AbstractPool, PoolReport, pool_inference
 from ..pools.batch import Enough, check_deadline
 from ._interface import RowProgress, summary_text

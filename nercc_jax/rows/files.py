@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from ..codes.whole_files import read_arrays, read_entries, write_arrays, write_entries
+from ..arrays import read_arrays, read_entries, write_arrays, write_entries
 
 _MANIFEST = "manifest.json"
 REMEDY = "restore it from a copy, or remove its folder and run again without --resume (resume)"

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation.criteria import agree_on_labels, root_mean_square
+from ..arrays import root_mean_square
+from ..evaluation.criteria import agree_on_labels
 from ..inference.models import check_conditions
 from ..risk import Comparison, Risk
 from ..risk.accuracy import error_ratios

@@ -29,8 +29,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ..arrays import where
 from ._problem import Columns, Problem, root
-from .arrays import where
 
 Row = tuple[Any, ...]
 

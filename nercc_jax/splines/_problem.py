@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .arrays import where
+from ..arrays import where
 
 
 class Problem(NamedTuple):

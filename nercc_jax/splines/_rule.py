@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ..arrays import product
 from . import _filter
 from ._dissection import dissect
 from ._problem import Columns, Problem, system_times
-from .arrays import product
 from .platforms import alike_in_shard_map, by_platform
 
 # By platform, the number of rows that may couple two knots that are eliminated in parallel before a

@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import numpy as np
 from jaxtyping import Bool, Float
 
-from .arrays import namespace, where
+from ..arrays import namespace, where
 from .knots import Knots
 
 Ends: TypeAlias = Literal["natural", "not-a-knot"]

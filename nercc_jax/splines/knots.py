@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .arrays import constant, namespace, product, taken, where
+from ..arrays import constant, namespace, product, taken, where
 
 # Points this close, in units of the rounding of the span, are the same point: two formulas for one
 # Chebyshev point differ by an ulp, and a gap that is all rounding has no slope.

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
+from ..arrays import jitted, product, taken, where
 from ._problem import Columns, Problem, steps
 from ._rule import solve, variance
-from .arrays import jitted, product, taken, where
 from .ends import Ends, check_ends, combined, not_a_knot
 from .knots import Knots, by_observation, gap_of, gather_knots, hermite_basis
 from .platforms import unsharded

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from ..codes.checks import check_count, check_positive
+from ..arrays import check_count, check_positive
 
 
 def _number(value: Any) -> int:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ..splines.arrays import constant, namespace
+from ..arrays import constant, namespace
 
 
 def whiten(

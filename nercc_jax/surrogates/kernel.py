@@ -12,10 +12,17 @@ import jax
 import numpy as np
 from jaxtyping import ArrayLike, Bool, Float, Int, PyTree, Shaped
 
-from ..codes.checks import check_count
-from ..codes.trees import is_float, join, leaves_of
-from ..evaluation.criteria import root_mean_square, safe_sqrt
-from ..splines.arrays import namespace, product, working_dtype
+from ..arrays import (
+    check_count,
+    is_float,
+    join,
+    leaves_of,
+    namespace,
+    product,
+    root_mean_square,
+    safe_sqrt,
+    working_dtype,
+)
 
 Function: TypeAlias = Callable[[PyTree], PyTree]
 Shape: TypeAlias = Literal["squared_exponential", "matern52"]

@@ -30,10 +30,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
-from ..codes.checks import check_count
-from ..codes.trees import Form, any_tracer, finite_points, is_float, join
-from ..evaluation.criteria import root_mean_square, safe_sqrt
-from ..splines.arrays import namespace, native, product
+from ..arrays import (
+    Form,
+    any_tracer,
+    check_count,
+    finite_points,
+    is_float,
+    join,
+    namespace,
+    native,
+    product,
+    root_mean_square,
+    safe_sqrt,
+)
 from ._factor import replace_rows, whiten
 from .interface import (
     AbstractGroupPrior,

@@ -22,10 +22,7 @@ import jax
 import numpy as np
 from jaxtyping import ArrayLike, Float, Int, PyTree, Shaped
 
-from ..codes.checks import check_fields
-from ..codes.trees import check_floats, join
-from ..evaluation.criteria import root_mean_square
-from ..splines.arrays import native
+from ..arrays import check_fields, check_floats, join, native, root_mean_square
 from ._factor import whiten
 from .kernel import (
     Function,

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from ..arrays import working_dtype
 from ..codes import AbstractCode, Decoded
-from ..splines.arrays import working_dtype
 
 _OUTPUTS = 3
 _RANDOM_SETS = 6

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree, Shaped
 
-from ..codes.checks import check_fields
+from ..arrays import check_fields, native
 from ..evaluation.answers import cut_groups
-from ..splines.arrays import native
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,9 +13,10 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import ArrayLike, Float
 
+from ...arrays import root_mean_square
 from ...codes.workers import run_workers
 from ...evaluation.answers import batched, cut_groups
-from ...evaluation.criteria import agree_on_labels, root_mean_square
+from ...evaluation.criteria import agree_on_labels
 from ...inference import cast_model, current_conditions
 from ...inference.models import Model
 from ...risk import Accuracy, ErrorProbability

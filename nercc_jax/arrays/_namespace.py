@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Bool, Float, PyTree
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -53,6 +53,11 @@ def working_dtype(*dtypes: Any) -> Any:
     """Return the dtype to which all promote, float32 at least, also under strict promotion."""
     with jax.numpy_dtype_promotion("standard"):
         return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+
+
+def x64_enabled() -> bool:
+    """Return whether this thread works in float64."""
+    return bool(jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def jitted(function: Function, **options: Any) -> Function:
@@ -113,3 +118,26 @@ def product(a: Any, b: Any) -> Any:
     if namespace(a, b) is np:
         return a @ b
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def safe_sqrt(square: Float[Any, "..."]) -> Float[Any, "..."]:
+    """Return the square root, which is 0 below 0 and has a derivative of 0 there."""
+    xp, positive = namespace(square), square > 0
+    return xp.where(positive, xp.sqrt(xp.where(positive, square, 1)), 0)
+
+
+def root_mean_square(
+    x: Float[Any, "..."], axis: int | None = None, where: Bool[Any, "..."] | None = None
+) -> Float[Any, "..."]:
+    """Return the root of the mean square; 0 for none.
+
+    Numbers are scaled before they are squared: float32 cannot hold squares of 1e20 or 1e-23.
+    """
+    xp = namespace(x)
+    where = xp.ones((), bool) if where is None else where
+    x = xp.where(where, x, 0)
+    size = constant(xp.max(xp.abs(x), axis=axis, keepdims=True, initial=0))
+    unit = xp.where((size > 0) & xp.isfinite(size), size, 1)
+    count = xp.sum(xp.broadcast_to(where, x.shape), axis=axis)
+    square = xp.sum((x / unit) ** 2, axis=axis) / xp.maximum(count, 1)
+    return xp.squeeze(unit, axis=axis) * safe_sqrt(square)
