@@ -1,4 +1,4 @@
-"""What all rooms stand on: arrays of NumPy or JAX, trees of them, their files, and checks.
+"""What all rooms stand on: arrays of NumPy or JAX, their files, and checks.
 
 It is for the other rooms, which import from here, and has no public names.
 """
@@ -25,20 +25,5 @@ from ._namespace import safe_sqrt as safe_sqrt
 from ._namespace import taken as taken
 from ._namespace import where as where
 from ._namespace import working_dtype as working_dtype
-from ._namespace import x64_enabled as x64_enabled
-from ._trees import Form as Form
-from ._trees import any_tracer as any_tracer
-from ._trees import check_data as check_data
-from ._trees import check_finite as check_finite
-from ._trees import check_floats as check_floats
-from ._trees import check_leading as check_leading
-from ._trees import finite_points as finite_points
-from ._trees import groups_of as groups_of
-from ._trees import is_float as is_float
-from ._trees import join as join
-from ._trees import leaves_of as leaves_of
-from ._trees import points_of as points_of
-from ._trees import scalar_leaf as scalar_leaf
-from ._trees import to_device as to_device
 
 __all__ = []  # nothing for users

@@ -55,11 +55,6 @@ def working_dtype(*dtypes: Any) -> Any:
         return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
 
 
-def x64_enabled() -> bool:
-    """Return whether this thread works in float64."""
-    return bool(jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def jitted(function: Function, **options: Any) -> Function:
     """Return `jax.jit(function, **options)` on `native` arguments; `__wrapped__` is the former."""
     compiled: Any = jax.jit(function, **options)

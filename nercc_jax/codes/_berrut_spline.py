@@ -6,11 +6,12 @@ import equinox as eqx
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ..arrays import namespace, scalar_leaf
+from ..arrays import namespace
 from ..splines.ends import Ends, check_ends
 from ._nercc import AbstractSplineCode
 from .berrut import berrut_matrix
 from .points import AbstractPointsCode, Points
+from .trees import scalar_leaf
 
 
 class BerrutSpline(AbstractSplineCode):

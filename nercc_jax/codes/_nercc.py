@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ..arrays import any_tracer, namespace, scalar_leaf, where, working_dtype
+from ..arrays import namespace, where, working_dtype
 from ..splines import posterior_variance, process_variance, smoothing_matrix
 from ..splines.ends import Ends
 from ..splines.host import smoothing_matrix_on_host, variances_on_host
 from ..splines.smoothing import smoothing_map
 from .code import as_mask, check_mask
 from .points import AbstractPointsCode, Points, coincident, mean_gap
+from .trees import any_tracer, scalar_leaf
 
 
 class AbstractSplineCode(AbstractPointsCode):

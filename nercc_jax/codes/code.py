@@ -16,18 +16,18 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
-from ..arrays import (
+from ..arrays import native
+from .decoding import Decoded, PlainMap, decode_groups, encode_groups
+from .kept import known_matrices
+from .trees import (
     check_data,
     check_finite,
     check_floats,
     check_leading,
     finite_points,
     join,
-    native,
     to_device,
 )
-from .decoding import Decoded, PlainMap, decode_groups, encode_groups
-from .kept import known_matrices
 
 
 class transformable(functools.partial):

@@ -29,9 +29,10 @@ from jax.core import Tracer
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
-from ..arrays import any_tracer, join, native, to_device, where
+from ..arrays import native, where
 from ..splines.platforms import alike_in_shard_map
 from .kept import Matrices, kept_matrices
+from .trees import any_tracer, join, to_device
 
 # TPUs and GPUs would round the factors of a float32 product.
 FULL = jax.lax.Precision.HIGHEST

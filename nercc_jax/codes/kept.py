@@ -18,7 +18,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ..arrays import any_tracer, x64_enabled
+from .trees import any_tracer
 
 
 class Matrices(NamedTuple):
@@ -140,3 +140,8 @@ def kept_matrices(code: Any) -> KeptMatrices | None:
 
 
 _KEPT: dict[tuple[int, bool], KeptMatrices] = {}
+
+
+def x64_enabled() -> bool:
+    """Return whether this thread works in float64."""
+    return bool(jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]

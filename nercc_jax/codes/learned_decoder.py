@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ..arrays import any_tracer, check_floats, namespace, product, working_dtype
+from ..arrays import namespace, product, working_dtype
 from ..splines.platforms import alike_in_shard_map
 from .code import AbstractNumpyCode, as_mask
+from .trees import any_tracer, check_floats
 
 # The noise that answers are assumed to have: mean squared, relative to their mean square. It bounds
 # the condition of the regression in float32 by a thousand, whatever was recorded.

@@ -14,8 +14,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from ..arrays import check_counts, namespace, to_device, where
+from ..arrays import check_counts, namespace, where
 from .code import AbstractNumpyCode
+from .trees import to_device
 
 Layout: TypeAlias = Literal[
     "chebyshev", "approxifer", "sbacc", "uniform", "interleaved", "repeated"

@@ -10,9 +10,10 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Shaped
 
-from ..arrays import check_floats, is_float, leaves_of, native
+from ..arrays import native
 from .code import AbstractCode
 from .decoding import encode_groups
+from .trees import check_floats, is_float, leaves_of
 
 # Raised by JAX where a function does not take tracers.
 _UNTRACEABLE = (

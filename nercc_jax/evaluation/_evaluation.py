@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree, Shaped
 
-from ..arrays import check_count, leaves_of, native
+from ..arrays import check_count, native
 from ..codes import AbstractCode
+from ..codes.trees import leaves_of
 from ..inference.models import Model
 from ..stragglers import AbstractStragglers
 from .answers import Answers, batched, coded_outputs, cut_groups, own_outputs

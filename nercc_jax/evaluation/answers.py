@@ -13,7 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
-from ..arrays import (
+from ..arrays import namespace, native
+from ..codes import AbstractCode, Decoded, decode_groups, encode_groups
+from ..codes.kept import copies_of, encoder_of
+from ..codes.trees import (
     Form,
     check_data,
     check_finite,
@@ -21,12 +24,8 @@ from ..arrays import (
     groups_of,
     join,
     leaves_of,
-    namespace,
-    native,
     points_of,
 )
-from ..codes import AbstractCode, Decoded, decode_groups, encode_groups
-from ..codes.kept import copies_of, encoder_of
 from ..codes.workers import call_model, check_number_of_models
 from ..inference.models import Model, check_model
 from .criteria import Criterion, agree_on_labels, labels_of, point_criterion, same_labels

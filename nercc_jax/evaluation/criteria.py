@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from ..arrays import Form, join, namespace, native, root_mean_square, working_dtype
+from ..arrays import namespace, native, root_mean_square, working_dtype
+from ..codes.trees import Form, join
 
 CriterionName: TypeAlias = Literal["mse", "cross_entropy", "disagreement"]
 Criterion: TypeAlias = CriterionName | Callable[[PyTree, PyTree], Float[Array, ""]]

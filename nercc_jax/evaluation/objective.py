@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
-from ..arrays import groups_of, join, points_of, to_device
 from ..codes import AbstractCode, Decoded, encode_groups
+from ..codes.trees import groups_of, join, points_of, to_device
 from ..codes.workers import call_model, run_workers
 from ..inference.coded import as_groups
 from ..inference.models import Model, check_model

@@ -16,10 +16,10 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
-from ..arrays import join
 from ..codes import AbstractCode, Decoded, encode_groups
 from ..codes.decoding import decode_vectors
 from ..codes.kept import CachedMatrices, Matrices, encoder_of
+from ..codes.trees import join
 from ..codes.workers import run_workers
 from .models import Model
 

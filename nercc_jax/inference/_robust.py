@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from ..arrays import join, native, to_device, working_dtype
+from ..arrays import native, working_dtype
 from ..codes import AbstractCode, Decoded, NeRCC, as_mask
 from ..codes.code import checked_answers
 from ..codes.decoding import decode_vectors, multiply
+from ..codes.trees import join, to_device
 from ..splines import smoothing_matrix
 from ..splines.knots import gather_knots
 

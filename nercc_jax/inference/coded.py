@@ -12,20 +12,20 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import ArrayLike, Bool, PyTree, Shaped
 
-from ..arrays import (
+from ..arrays import native
+from ..codes import AbstractCode, decode_groups, encode_groups
+from ..codes.code import check_mask
+from ..codes.decoding import compiled_decode, in_auto_mode
+from ..codes.kept import CachedMatrices, known_matrices
+from ..codes.trees import (
     any_tracer,
     check_data,
     check_finite,
     groups_of,
     is_float,
     leaves_of,
-    native,
     points_of,
 )
-from ..codes import AbstractCode, decode_groups, encode_groups
-from ..codes.code import check_mask
-from ..codes.decoding import compiled_decode, in_auto_mode
-from ..codes.kept import CachedMatrices, known_matrices
 from ..codes.workers import answer_groups, run_workers
 from ._mesh import Placed, place
 from .models import Model, cast_model, check_conditions, check_model, current_conditions

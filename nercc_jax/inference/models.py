@@ -19,7 +19,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
-from ..arrays import is_float, x64_enabled
+from ..codes.kept import x64_enabled
+from ..codes.trees import is_float
 
 Model: TypeAlias = Callable[..., Array]
 

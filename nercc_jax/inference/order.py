@@ -13,7 +13,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from ..arrays import check_count, is_float, join, leaves_of, native, to_device, working_dtype
+from ..arrays import check_count, native, working_dtype
+from ..codes.trees import is_float, join, leaves_of, to_device
 
 Features: TypeAlias = Callable[[PyTree], PyTree] | PyTree[Float[ArrayLike, "points ..."]]
 

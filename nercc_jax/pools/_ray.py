@@ -17,7 +17,7 @@ import jax
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from ..arrays import x64_enabled
+from ..codes.kept import x64_enabled
 from ..inference import current_conditions
 from ..inference.models import Model, check_worker_dtype, matmul_precision
 from ._faults import Faults

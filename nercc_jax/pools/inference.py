@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, PyTree, Shaped
 
-from ..arrays import check_finite, groups_of, points_of, to_device
 from ..codes import AbstractCode, Decoded, decode_groups
 from ..codes.kept import CachedMatrices, encoder_of, known_matrices
+from ..codes.trees import check_finite, groups_of, points_of, to_device
 from ..codes.workers import encode_on_host
 from ..inference.coded import as_groups
 from ..inference.models import check_conditions

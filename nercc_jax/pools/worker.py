@@ -13,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from ..arrays import is_float, x64_enabled
+from ..codes.kept import x64_enabled
+from ..codes.trees import is_float
 from ..codes.workers import call_model
 from ..inference import cast_model
 from ..inference.models import (

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ..arrays import check_count, root_mean_square, to_device
+from ..arrays import check_count, root_mean_square
+from ..codes.trees import to_device
 from ..surrogates import Kernel, Learner, LearnerTuning, tune_learner
 from .accuracy import Accuracy, bar_factor, conformal_quantile
 

@@ -20,7 +20,8 @@ import equinox as eqx
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ..arrays import Form, namespace, to_device
+from ..arrays import namespace
+from ..codes.trees import Form, to_device
 from .accuracy import risk_cap, upper_bound
 from .features import label_features
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ..arrays import Form, namespace
+from ..arrays import namespace
+from ..codes.trees import Form
 
 _LEAST = 1e-30  # least argument of a logarithm
 

@@ -11,9 +11,10 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
-from ..arrays import Form, join, points_of, root_mean_square, to_device
+from ..arrays import root_mean_square
 from ..codes import AbstractCode
 from ..codes.kept import encoder_of
+from ..codes.trees import Form, join, points_of, to_device
 from ..codes.workers import run_workers
 from ..evaluation.answers import batched, cut_groups, in_parts
 from ..evaluation.criteria import agree_on_labels

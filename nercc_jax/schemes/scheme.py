@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
-from ..arrays import Form, groups_of, join, native, to_device
+from ..arrays import native
 from ..codes import AbstractCode, Decoded, encode_groups
 from ..codes.kept import CachedMatrices
+from ..codes.trees import Form, groups_of, join, to_device
 from ..codes.workers import call_model
 from ..inference import order_points
 from ..inference.models import Model, check_model

@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
-from ..arrays import Form, groups_of, points_of
+from ..codes.trees import Form, groups_of, points_of
 from ..inference.models import Model
 
 

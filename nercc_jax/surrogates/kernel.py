@@ -12,17 +12,8 @@ import jax
 import numpy as np
 from jaxtyping import ArrayLike, Bool, Float, Int, PyTree, Shaped
 
-from ..arrays import (
-    check_count,
-    is_float,
-    join,
-    leaves_of,
-    namespace,
-    product,
-    root_mean_square,
-    safe_sqrt,
-    working_dtype,
-)
+from ..arrays import check_count, namespace, product, root_mean_square, safe_sqrt, working_dtype
+from ..codes.trees import is_float, join, leaves_of
 
 Function: TypeAlias = Callable[[PyTree], PyTree]
 Shape: TypeAlias = Literal["squared_exponential", "matern52"]

@@ -30,19 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
-from ..arrays import (
-    Form,
-    any_tracer,
-    check_count,
-    finite_points,
-    is_float,
-    join,
-    namespace,
-    native,
-    product,
-    root_mean_square,
-    safe_sqrt,
-)
+from ..arrays import check_count, namespace, native, product, root_mean_square, safe_sqrt
+from ..codes.trees import Form, any_tracer, finite_points, is_float, join
 from ._factor import replace_rows, whiten
 from .interface import (
     AbstractGroupPrior,

@@ -21,11 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
-from ..arrays import join, scalar_leaf
 from ..codes import AbstractCode, Decoded, encode_groups
 from ..codes.code import deviation, deviations, variances
 from ..codes.decoding import decode_vectors
 from ..codes.kept import Matrices, encoder_of
+from ..codes.trees import join, scalar_leaf
 from ..evaluation import Answers, record_answers
 from ..evaluation.answers import cut_groups, in_parts
 from ..evaluation.objective import draw_sets

@@ -22,7 +22,8 @@ import jax
 import numpy as np
 from jaxtyping import ArrayLike, Float, Int, PyTree, Shaped
 
-from ..arrays import check_fields, check_floats, join, native, root_mean_square
+from ..arrays import check_fields, native, root_mean_square
+from ..codes.trees import check_floats, join
 from ._factor import whiten
 from .kernel import (
     Function,

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 from jaxtyping import ArrayLike, Float, Int, PRNGKeyArray, PyTree, Shaped
 
-from ..arrays import to_device
 from ..codes import AbstractCode, LearnedDecoder, Replication, regression_points
 from ..codes.learned_decoder import Regression
+from ..codes.trees import to_device
 from ..evaluation.answers import batched, coded_outputs, cut_groups, own_outputs
 from ..inference.models import Model
 from ..stragglers import ExactStragglers, straggler_sets

@@ -16,8 +16,9 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray, PyTree, Shaped
 
-from ..arrays import check_fields, check_not_negative, check_positive, groups_of, join, to_device
+from ..arrays import check_fields, check_not_negative, check_positive
 from ..codes import AbstractCode
+from ..codes.trees import groups_of, join, to_device
 from ..evaluation.criteria import Criterion
 from ..evaluation.objective import Trial, draw_sets, make_trial
 from ..inference.models import Model, check_model

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
-from ...arrays import Form, join
 from ...codes import Decoded
+from ...codes.trees import Form, join
 from ...evaluation.answers import in_parts
 from ...evaluation.criteria import agree_on_labels, row_errors
 from ...inference.models import Model

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Bool, Float, Int, Shaped
 
-from ...arrays import Form
 from ...codes import (
     AbstractCode,
     Berrut,
@@ -32,6 +31,7 @@ from ...codes import (
 )
 from ...codes.berrut import berrut_matrix
 from ...codes.kept import copies_of, encoder_of, kept_matrices
+from ...codes.trees import Form
 from ...codes.workers import encode_on_host
 from ...risk import Accuracy, ErrorProbability
 from ...risk.error_bars import ErrorScale

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from ...arrays import Form
+from ...codes.trees import Form
 from ...codes.workers import call_model
 from ...evaluation.answers import in_parts
 from ...inference.models import Model, check_model

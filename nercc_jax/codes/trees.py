@@ -16,7 +16,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
-from ._namespace import namespace, native, working_dtype
+from ..arrays import namespace, native, working_dtype
 
 
 def leaves_of(name: str, tree: PyTree) -> Iterator[tuple[str, Any]]:
