@@ -11,6 +11,7 @@ Between two fits it is updated with newly computed rows, which takes a hundredth
 this is NumPy: nothing is compiled, and `learn` reads only its arguments.
 """
 
+import dataclasses
 import functools
 import logging
 import math
@@ -34,17 +35,37 @@ from ._table import COMPUTED, FAILED, PREDICTED, RowTable
 
 _LOG = logging.getLogger(__name__)
 
-FIRST = 96  # computed rows from which the first learner is fitted
-NEWS = 32  # computed rows from which a learner is updated between two fits
-_LATE = 20  # late rows from which late rows have error bars
-SHAPE: Shape = "squared_exponential"  # the kernel that tuning starts from
-CAPACITY = 1024  # rows that the learner holds at most
-FEW = 512  # rows below which a smaller learner is fitted, in a third of the time
-# Rows on which a larger learner's kernel is tuned. Of the 250 largest rows of Lotka-Volterra, 246
-# and 250 had to be computed with 128, a third of the time, but 176 and 170 with 256 (two draws).
-_JUDGED = 256
-_CHUNK = 1024  # rows that are predicted together
-_NEIGHBOURS = 8  # computed rows that a row is compared with
+
+@dataclasses.dataclass(frozen=True)
+class Learning:
+    """When a run's learner is fitted, and to how many rows.
+
+    Attributes:
+        first: Computed rows from which the first learner is fitted.
+        news: Computed rows from which a learner is updated between two fits.
+        late: Late rows from which late rows have error bars.
+        capacity: Rows that the learner holds at most.
+        few: Rows below which a smaller learner is fitted, in a third of the time.
+        judged: Rows on which a larger learner's kernel is tuned. Of the 250 largest rows of
+            Lotka-Volterra, 246 and 250 had to be computed with 128, a third of the time, but 176
+            and 170 with 256 (two draws).
+        chunk: Rows that are predicted together.
+        neighbours: Computed rows that a row is compared with.
+        shape: The kernel that tuning starts from.
+    """
+
+    first: int = 96
+    news: int = 32
+    late: int = 20
+    capacity: int = 1024
+    few: int = 512
+    judged: int = 256
+    chunk: int = 1024
+    neighbours: int = 8
+    shape: Shape = "squared_exponential"
+
+
+LEARNING = Learning()
 
 
 class FittedLearner(NamedTuple):
@@ -95,9 +116,10 @@ def fit_pairs(
         ValueError: There are fewer than 16 pairs, or the function is constant.
     """
     check_count("pairs", len(x), 16)
-    first = np.argmax(first_kernel(SHAPE, x).same(x, x), axis=1)
+    first = np.argmax(first_kernel(LEARNING.shape, x).same(x, x), axis=1)
     held = np.isin(first, np.unique(first)[3::4][:256])
-    learner = fit_learner(x[~held], y[~held], capacity=capacity, kernel=SHAPE, tuning=tuning)
+    kernel = LEARNING.shape
+    learner = fit_learner(x[~held], y[~held], capacity=capacity, kernel=kernel, tuning=tuning)
     mean, deviation = learner.predict(x[held])
     if not np.isfinite(deviation).any():
         raise ValueError("the function is constant, so nothing says how far others may be off")
@@ -137,9 +159,10 @@ def learn(
         settings: The run's settings.
     """
     if fit is None:
-        capacity, tuning = CAPACITY, LearnerTuning(rows=_JUDGED)
-        if len(x) < FEW:
-            capacity, tuning = FEW, LearnerTuning(shapes=(SHAPE,), steps=40, rows=64)
+        capacity, tuning = LEARNING.capacity, LearnerTuning(rows=LEARNING.judged)
+        if len(x) < LEARNING.few:
+            tuning = LearnerTuning(shapes=(LEARNING.shape,), steps=40, rows=64)
+            capacity = LEARNING.few
         try:
             fit = fit_pairs(x, y, capacity, tuning, labels=settings.tolerance is None)
         except ValueError as error:  # a function that is constant, for example
@@ -150,8 +173,8 @@ def learn(
     learner, kernel = fit.learner, fit.learner.kernel
     mean = np.zeros((len(features), learner.form.size), np.float32)
     plain = np.zeros(len(features))
-    for place in range(0, len(features), _CHUNK):
-        part = slice(place, place + _CHUNK)
+    for place in range(0, len(features), LEARNING.chunk):
+        part = slice(place, place + LEARNING.chunk)
         mean[part], plain[part] = learner.predict(features[part])
 
     # Each pair is predicted from the others; known rows that are pairs get this prediction.
@@ -173,12 +196,13 @@ def learn(
         ratios = np.sqrt(2) * root_mean_square(off, axis=0) / deviations
         places = inputs / (unit := np.asarray(kernel.unit * kernel.widths[kernel.groups]))
         squares = np.sum(places**2, axis=1)
-        for place in range(0, len(features), _CHUNK):
-            part = slice(place, place + _CHUNK)
+        for place in range(0, len(features), LEARNING.chunk):
+            part = slice(place, place + LEARNING.chunk)
             distance = squares - 2 * (features[part] / unit) @ places.T
             own = np.flatnonzero(paired[part])
             distance[own, pair[part][own]] = np.inf
-            nearest = np.argpartition(distance, _NEIGHBOURS - 1, axis=1)[:, :_NEIGHBOURS]
+            number = LEARNING.neighbours
+            nearest = np.argpartition(distance, number - 1, axis=1)[:, :number]
             expected[part] *= root_mean_square(ratios[nearest], axis=1)
 
     # The check uses the learner's own deviations: a wrong value would enlarge the corrected ones of
@@ -186,7 +210,7 @@ def learn(
     # residuals, since the check may have learned from a few wrong answers that they are right.
     check, finite = None, np.flatnonzero(np.isfinite(known_y).all(axis=1))
     if settings.check_answers is not None and len(finite) > 1:
-        some = np.random.default_rng(0).permutation(finite)[: 2 * CAPACITY]
+        some = np.random.default_rng(0).permutation(finite)[: 2 * LEARNING.capacity]
         facts = mean[known][some], plain[known][some], known_y[some].astype(np.float32)
         labels = settings.tolerance is None
         check = fit_answer_check(*facts, settings.check_answers, labels=labels, blatant=0.25)
@@ -216,7 +240,7 @@ class Evidence:
         self.mean: Float[np.ndarray, "rows outputs"] | None = None
         self._check: AnswerCheck | None = None
         self._distrusted = False  # whether wrong values may calibrate the check in progress
-        self.due = FIRST
+        self.due = LEARNING.first
         names = ["audited", "audited_held", "came_late", "came_late_held"]
         self.held: dict[str, int] = dict.fromkeys(names, 0)
 
@@ -251,12 +275,13 @@ class Evidence:
         if self._settings.check_answers is not None:
             judges |= ~table["checked"][computed]
         new, pairs = computed[~learned[computed]], computed[:0]
-        if len(computed) < FIRST // 4:
+        if len(computed) < LEARNING.first // 4:
             return None
-        full = fit is not None and fit.pairs >= CAPACITY and self.due > 0
+        full = fit is not None and fit.pairs >= LEARNING.capacity and self.due > 0
         if (len(computed) >= self.due and not full) or (hurry and fit is None):
             # If no row is left to predict, and only a check is needed, a small learner suffices.
-            count = min(len(computed), FEW - 1 if hurry and not len(others) else CAPACITY)
+            most = LEARNING.few - 1 if hurry and not len(others) else LEARNING.capacity
+            count = min(len(computed), most)
             # Every fourth pair, which calibrates, is a random row: an audit while there are any.
             random = np.random.default_rng(len(computed)).permutation(computed)
             last = random[np.argsort(~table["audit"][random], kind="stable")][: count // 4]
@@ -264,11 +289,11 @@ class Evidence:
             places, pairs = np.arange(count) % 4 == 3, np.empty(count, int)
             pairs[places], pairs[~places] = last, rest
             fit, self.due = None, 2 * len(computed)
-            if len(computed) < FEW:  # fit a larger learner as soon as there are enough rows
-                self.due = min(self.due, FEW)
+            if len(computed) < LEARNING.few:  # a larger learner follows when there are enough rows
+                self.due = min(self.due, LEARNING.few)
             learned[computed] = True
-        elif fit is not None and len(new) >= NEWS:
-            pairs = new[-CAPACITY:]
+        elif fit is not None and len(new) >= LEARNING.news:
+            pairs = new[-LEARNING.capacity :]
             learned[pairs] = True
         elif fit is None or not hurry:
             return None
@@ -381,7 +406,7 @@ class Evidence:
                 float(conformal_quantile(table["excess"][each], self._settings.coverage))
                 for each in (audits, came_late)
             )
-            harder = max(usual, harder) if len(came_late) >= _LATE else np.inf
+            harder = max(usual, harder) if len(came_late) >= LEARNING.late else np.inf
             factor = np.where(late, harder, usual)
             known = known & np.isfinite(factor)
             score[known] = factor[known] * table["expected"][rows[known]]

@@ -32,7 +32,7 @@ from jaxtyping import Float, Int, Shaped
 from ..pools import PoolReport
 from ..risk import EnsembleEstimate
 from ._checks import RowChecks
-from ._evidence import NEWS, Evidence, Learned
+from ._evidence import LEARNING, Evidence, Learned
 from ._interface import ATTEMPTS, RowSettings
 from ._queue import RowQueue
 from ._table import AGAIN, COMPUTED, FAILED, PREDICTED, SENT, WAITING, RowTable
@@ -299,7 +299,8 @@ class RowState:
         # second, while the call size still grows, the speed so far does not predict the rest.
         until_end = (settings.job_deadline or math.inf) - tick.now
         hurry = until_end < 3 * tick.fit_seconds
-        news = self.computed - self._learned_at >= NEWS or (hurry and self.evidence.fit is None)
+        news = self.computed - self._learned_at >= LEARNING.news
+        news |= hurry and self.evidence.fit is None
         needed = self.table.values is not None and (settings.tolerance != 0 or self.checks)
         if needed and news and not tick.learning:
             oldest = max((call.age for call in self.calls.values()), default=0.0)
@@ -360,7 +361,7 @@ class RowState:
         queue.refill(evidence, self.estimated, self.computed)
         if self.estimated is not None and not (queue.spent or len(queue.waiting)):
             rows = table.all_in(WAITING)  # the interval is still too long: draw more rows
-            queue.waiting = np.random.default_rng(self.computed).permutation(rows)[:NEWS]
+            queue.waiting = np.random.default_rng(self.computed).permutation(rows)[: LEARNING.news]
             table["audit"][queue.waiting], table["known"][queue.waiting] = True, False
         rows, late = table.all_in(SENT), [each.rows for each in self.calls.values() if each.late]
         if not queue.empty or (len(rows) and (self.estimated is not None or evidence.fit is None)):
