@@ -208,6 +208,7 @@ DOORS = {
         ({"code": Parity(4, 6), "model": (model, lambda b: b)},
          r"differ in shape, served model first: \[\(3,\)"),
         ({"x": X[:3]}, r"\(K, \.\.\.\) or \(groups, K, \.\.\.\), K = 4"),
+        ({"x": np.ones((8, 5))}, r"x\.reshape\(-1, K, .* has whole groups"),
         ({"mask": SETS}, r"must be \(groups, K, \.\.\.\), K = 4"),
         ({"x": np.ones((4, 4, 5))}, "may be one group of 4 or 4 groups"),
         ({"x": GROUPS, "mask": SETS}, r"boolean mask of shape \(2, 6\)"),

@@ -209,12 +209,14 @@ def as_groups(
         fits = [m for m in each if all(shape[m : m + 1] == (num_data,) for shape in shapes)]
         if len(fits) != 1:
             wanted = " or ".join(("(K, ...)", "(groups, K, ...)")[m] for m in sorted(each))
+            whole = True in each and all(s and s[0] and not s[0] % num_data for s in shapes)
+            remedy = "; x.reshape(-1, K, *x.shape[1:]) has whole groups" if whole else ""
             raise ValueError(
                 f"{given()} may be one group of {num_data} or {shapes[0][0]} groups: say which "
                 "with grouped=True or grouped=False, or give a mask per group, (groups, N)"
                 if fits
                 else f"{given()}: with this code, mask and `grouped` it must be "
-                f"{wanted or 'another'}, K = {num_data}"
+                f"{wanted or 'another'}, K = {num_data}{remedy}"
             )
         (many,) = fits
     if not all(map(is_float, leaves)):
