@@ -2,6 +2,7 @@
 
 import ast
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -112,6 +113,7 @@ def code_of(source: str) -> str:
     return "\n".join(filter(None, map(str.rstrip, lines)))
 
 
+@functools.cache
 def room_hashes(root: Path = ROOT) -> dict[str, str]:
     """Return a hash of the code of each room of `nercc_jax`, by which pages see their age."""
     hashes = {}
