@@ -38,6 +38,8 @@ def test_demo_prints_a_table_and_draws_a_picture(demo):
     )
     for word in (*words, *table):
         assert word in result.output
+    for system, calls in (("replication on 16 workers", "16 +2.00"), ("BACC", "20 +2.50")):
+        assert re.search(rf"{system} +{calls}", result.output), result.output
     kept = re.search(r"replication, else surrogate +10 +1\.32 +([\d.]+)", result.output)
     assert float(kept[1]) > 99, result.output  # the student has 99.1 % of the model's labels
     placed = re.search(r"copies by the student's doubt +10 +1\.40 +([\d.]+)", result.output)

@@ -44,8 +44,9 @@ def as_on_accelerators():
 
 
 def ask(t, lambda_, y, at, available, end_weights, ends: Any = "natural"):
-    """All that can be asked of a fit."""
-    given = {"available": available, "end_weights": end_weights}
+    """All that can be asked of a fit, of observations some of which count more."""
+    weights = jnp.linspace(0.5, 3.0, len(t), dtype=t.dtype)
+    given = {"available": available, "end_weights": end_weights, "weights": weights}
     spline = smoothing_spline(t, y, lambda_, ends=ends, **given)
     matrix = smoothing_matrix(t, at, lambda_, ends=ends, **given)
     variance = posterior_variance(t, at, lambda_, **given)
@@ -133,7 +134,8 @@ def test_nothing_is_read_where_nothing_is_available():
     at = jnp.array([0.0, 0.5])
     for a, b in both_ways(ask, [(t, 1e-3, y, at, mask, jnp.zeros(2))]):
         assert np.isfinite(a).all()
-        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6)
+        # In float32 the process's variance differs by 2e-5 between the ways.
+        np.testing.assert_allclose(b, a, rtol=4e-5, atol=1e-6)
 
 
 SUITE = [

@@ -246,6 +246,9 @@ def test_laws_by_name(tmp_path, key):
     for wrong in ("lognormal:1", "normal:1:2", "trace", "pareto:a:b", "lognormal"):
         with pytest.raises(ValueError, match="a law of latency is lognormal:MEDIAN:SIGMA"):
             latency_law(wrong)
+    for wrong in ("stragglers:0:0.1:11", "stragglers:0.05:1.1:11", "stragglers:0.05:0.1:-1"):
+        with pytest.raises(ValueError, match="must be positive, and the share between 0 and 1"):
+            latency_law(wrong)
 
 
 def test_a_plan_says_how_it_is_carried_out():

@@ -231,6 +231,27 @@ def test_bars_go_by_audits_and_those_of_late_rows_by_late_rows_where_these_are_h
     np.testing.assert_allclose(score(rest, late=True), late, rtol=1e-4)
 
 
+def test_late_calls_are_copied_once_the_oldest_first_to_workers_that_would_be_idle():
+    state = a_state(X[:3], tolerance=0.0, rows_per_call=1, deadline=60.0)
+    calls = {}
+
+    def sent(ages, idle):
+        todo = state.handle(Tick(1.0, report(idle), ages, learning=False, fit_seconds=0.01))
+        calls.update({each.call: each for each in todo})
+        return [each.rows.tolist() for each in todo if isinstance(each, Send)]
+
+    assert len(sent({}, idle=5)) == 3
+    ages = {number: (age, True) for number, age in zip(calls, (1.0, 9.0, 5.0), strict=True)}
+    first, second, third = (each.rows.tolist() for each in list(calls.values()))
+    assert sent(ages, idle=1) == [second]
+    assert sent(ages, idle=3) == [third, first]
+    assert sent(ages, idle=5) == [], "each once"
+    # The first value counts, whoever gives it.
+    copy = next(each for each in calls.values() if each.copy and each.rows.tolist() == second)
+    state.handle(Answered(copy.call, 4, function(copy.rows), late=False, usual=0.1))
+    assert state.table.rows["state"][copy.rows] == COMPUTED
+
+
 # What is learned.
 
 

@@ -28,14 +28,14 @@ class Scaled(eqx.Module):
 
     decoder: jax.Array
     of_matrix: float = eqx.field(static=True, default=1.0)
-    of_product: float = eqx.field(static=True, default=1.0)
+    of_product: float | tuple[float, ...] = eqx.field(static=True, default=1.0)  # or by row
 
     @property
     def matrix(self):
         return self.of_matrix * self.decoder
 
     def apply(self, y):
-        return self.of_product * self.decoder @ y
+        return (jnp.array(self.of_product)[..., None] * self.decoder) @ y
 
 
 def adds_all_answers(self, y, available):
@@ -162,6 +162,10 @@ class SizeAsAnArray(AbstractCode):
             r"row of decoder_matrix.* is not zero; with workers \[0\] ",
         ),
         (scaled(of_product=1.01), r"decoder_map\(available\)\.apply\(y\) differs from what it"),
+        (
+            scaled(of_product=(1.0, 1.0, 1.01)),
+            r"decoder_map\(available\)\.apply\(y\) differs from what it",
+        ),
         (scaled(of_matrix=1.01), r"decoder_map\(available\)\.matrix differs from what it"),
         (
             changed(encode=lambda self, x: Means.encode(self, x) + 0.01),

@@ -210,16 +210,28 @@ def test_the_objective_is_the_mean_of_relative_errors(start):
     np.testing.assert_array_equal(trial.available.sum(axis=1), [N] + 5 * [N - 2])
     x, weights = groups.astype(float), WEIGHTS.astype(float)
 
-    def plain(code):
+    def plain(code, available=trial.available):
         own, y = (np.tanh(3 * points @ weights) for points in (x, encoder_matrix(code) @ x))
-        errors = [np.mean((decoder_matrix(code, m) @ y - own) ** 2) for m in trial.available]
+        errors = [np.mean((decoder_matrix(code, m) @ y - own) ** 2) for m in available]
         return np.array([errors[0], np.mean(errors[1:])])
 
     other, numbers = nj.NeRCC(K, N, lambda_dec=1e-2), [jnp.asarray(1e-4), jnp.asarray(1e-6)]
     cell = eqx.tree_at(lambda c: [c.lambda_enc, c.lambda_dec], start, numbers)
     for code in (start, other, cell):
-        expected = np.mean(plain(code) / plain(start))
-        assert float(trial.errors(model, code)[1]) == pytest.approx(expected, rel=1e-4)
+        errors, value = trial.errors(model, code)
+        np.testing.assert_allclose(errors, plain(code), rtol=1e-4)
+        assert float(value) == pytest.approx(np.mean(plain(code) / plain(start)), rel=1e-4)
+    # A set that recovers nothing is left out, not counted as without an error.
+    lost = eqx.tree_at(lambda trial: trial.available, trial, trial.available.at[2].set(False))
+    expected = plain(start, np.delete(trial.available, 2, axis=0))
+    np.testing.assert_allclose(lost.errors(model, start)[0], expected, rtol=1e-4)
+
+
+def test_a_trial_names_the_laws_under_which_a_start_has_no_finite_error(start):
+    groups, laws = DATA[:12].reshape(4, K, 2), LAWS | {"all": nj.ExactStragglers(N)}
+    for served, broken in ((model, "{'all': nan}"), (lambda x: 3e25 * x, "'2': inf, 'all': nan}")):
+        with pytest.raises(ValueError, match=f"starting code's errors are .*{broken}: leave out"):
+            make_trial(served, start, groups, laws, key=jax.random.key(0), num_sets=5)
 
 
 # -- Tuning ----------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """A code made ready for a stream: layouts, decoding, and how far its answers are doubted."""
 
+import dataclasses
 import itertools
 
 import jax.numpy as jnp
@@ -181,6 +182,8 @@ def test_a_code_without_deviations_goes_by_margins():
     mask = missing(*coder.first[1])
     given = np.where(mask[:, None, None], answers, 0)
     decoded = coder.decode(given, mask, len(x))
+    features, _ = coder.features(given, decoded)
+    assert (features[..., 2:4] == 0).all(), "the logarithms of a deviation and a roughness of one"
     seen = coder.score(given, decoded, decoding.calibrated[4])
     sure = seen[:, 1] <= decoding.limit(4)
     wrong = decoded.predictions[:, 1].argmax(-1) != own[:, 1].argmax(-1)
@@ -188,8 +191,11 @@ def test_a_code_without_deviations_goes_by_margins():
     assert wrong[sure].mean() <= 0.3 < wrong[~sure].mean()
 
 
-def test_a_few_groups_say_nothing():
+def test_a_few_groups_say_nothing(known):
     coder = Coder(INTERLEAVED)
     short = calibrate_decoding(coder, tanh, rows(60, 3), LABELS)
     assert not short.calibrated
     assert (short.limit(4), short.limit(2)) == (-1, -1)
+    # Nor do many where nothing may be wrong: no doubt is so small, not even none.
+    nothing = dataclasses.replace(known[1], accuracy=Accuracy(max_disagreement=0.0))
+    assert (nothing.limit(4), nothing.limit(2)) == (-1, -1)

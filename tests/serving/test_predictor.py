@@ -24,7 +24,7 @@ def test_stragglers_are_answered_as_soon_as_they_are_noticed():
     predictor = Predictor()
     traffic = Traffic(predictor, BatchingPolicy(straggler_threshold=1.4, max_disagreement=0.1))
     early = traffic.send(300)
-    assert predictor.state == "learning"
+    assert (predictor.state, predictor.share) == ("learning", 0)
     assert not any(reply.predicted[0] for _, reply, _ in early)
     assert labels_right(early) == 1
     traffic.send(700)  # until enough stragglers were compared

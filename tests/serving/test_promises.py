@@ -259,6 +259,7 @@ def test_outputs_are_values_unless_something_says_that_they_are_scores_of_labels
     [
         ({"tolerance": 0.2}, OUT, INTERLEAVED, "decoding was calibrated for a tolerance of"),
         ({"outputs": "logits"}, (), INTERLEAVED, "one number a row"),
+        ({"outputs": "probabilities"}, (1,), INTERLEAVED, "one number a row"),
         ({"max_disagreement": 0.1}, (), INTERLEAVED, "these are values"),
         ({"max_disagreement": 0.1, "outputs": "values"}, OUT, INTERLEAVED, "these are values"),
         ({"tolerance": 0.1, "max_disagreement": 0.1}, OUT, INTERLEAVED, "these are values"),

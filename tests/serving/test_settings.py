@@ -40,7 +40,7 @@ GIVEN = {
     "preprocess": "own:double",
     "inputs": "points.npy",
     "code": "code.json",
-    "actor_options": {"max_task_retries": 1, "resources": {"TPU": 4.0}},
+    "actor_options": {"max_task_retries": 1, "name": "\U0001f642", "resources": {"TPU": 4.0}},
     "max_batch_size": 32,
     "surrogate": "learn",
     "max_calls": 1.5,
@@ -110,7 +110,7 @@ def toml(value):
         return str(value)
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name} = {toml(each)}" for name, each in value.items()) + "}"
-    return json.dumps(value)
+    return json.dumps(value, ensure_ascii=False)  # TOML has no halves of a character
 
 
 def write(server=(), defaults=(), models=()):
