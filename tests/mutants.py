@@ -5,8 +5,9 @@
 All tests, slow ones too, run once with coverage, on a copy of the tree; it says which tests execute
 a line. A mutant is one change of one expression, drawn at random from all rooms. Tests that execute
 its line run on a copy, first the quickest ones, then those that execute the fewest lines of the
-package, until one fails; a mutant that none fails on has survived. Tests that fail on the copy as
-it is are left out. What happens in other processes only, such as in servers and Ray workers, is not
+package, then others of their files: what tests share, a fixture or a traced program, is executed in
+the first of them only. A mutant that none fails on has survived. Tests that fail on the copy as it
+is are left out. What happens in other processes only, such as in servers and Ray workers, is not
 seen by coverage: such mutants are counted apart. The result is bench/results/mutants.json.
 """
 
@@ -196,15 +197,22 @@ class Tests(NamedTuple):
         return cls(by_line, dict(seconds), lines, failed)
 
     def of(self, mutant: Mutant, first: int, budget: float) -> list[str]:
-        """Return the tests to run: the `first` quickest, then the most specific, in a time."""
+        """Return the tests to run: the `first` quickest, then the most specific, in a time.
+
+        Others of their files follow, as many as another such time allows.
+        """
         contexts = self.by_line.get(mutant.file, {}).get(mutant.line, [])
         names = {context.partition("|")[0] for context in contexts} - self.failed - {""}
         quickest = sorted(names, key=lambda name: (self.seconds.get(name, 0.0), name))
-        chosen, spent = quickest[:first], 0.0
-        for name in sorted(quickest[first:], key=lambda name: (self.lines[name], name)):
-            if spent + self.seconds.get(name, 0.0) <= budget:
-                chosen.append(name)
-                spent += self.seconds.get(name, 0.0)
+        files = {name.partition("::")[0] for name in names}
+        others = {name for name in self.lines if name.partition("::")[0] in files}
+        chosen = quickest[:first]
+        for further in (quickest[first:], others - names - self.failed):
+            spent = 0.0
+            for name in sorted(further, key=lambda name: (self.lines[name], name)):
+                if spent + self.seconds.get(name, 0.0) <= budget:
+                    chosen.append(name)
+                    spent += self.seconds.get(name, 0.0)
         return chosen
 
 

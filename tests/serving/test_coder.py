@@ -183,7 +183,7 @@ def test_a_code_without_deviations_goes_by_margins():
     given = np.where(mask[:, None, None], answers, 0)
     decoded = coder.decode(given, mask, len(x))
     features, _ = coder.features(given, decoded)
-    assert (features[..., 2:4] == 0).all(), "the logarithms of a deviation and a roughness of one"
+    assert (features[..., 2:] == 0).all(), "a known roughness of one, and a variance of one"
     seen = coder.score(given, decoded, decoding.calibrated[4])
     sure = seen[:, 1] <= decoding.limit(4)
     wrong = decoded.predictions[:, 1].argmax(-1) != own[:, 1].argmax(-1)
