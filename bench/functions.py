@@ -161,11 +161,13 @@ def run(
                 spent = round(time.perf_counter() - start, 1)
                 summary |= {"seconds": spent, "environment": environment()}
                 keep({"size": dataclasses.asdict(size), "cells": known | {cell: summary}})
+            start = time.perf_counter()
             report.log(f"{name} {cell}: {picked}")
             show({"system": each, "RMSE": np.mean([row.rmse for row in rows])}
                  for each, rows in judged.items())  # fmt: skip
         if name in SIMULATORS and cells == (*LAWS,):
             keep({"sweep": sweep(bench) | {"draws": size.sweeps}})
+        jax.clear_caches()  # XLA maps memory for every program, and a process has a limit
 
 
 def columns(rows: list[Numbers]) -> dict[str, list[Any]]:

@@ -70,26 +70,11 @@ def picture() -> Any:
 
 
 def setting() -> str:
-    """Return the numbers of draws, past answers, groups and straggler sets, and two days."""
+    """Return the numbers of draws, past answers, groups and straggler sets."""
     size = next(iter(RESULTS.values()))["size"]
-    numbers = [len(draws(f, cell, "picked")) for f in RESULTS for cell in RESULTS[f]["cells"]]
     return (
-        f"{min(numbers)} to {max(numbers)} draws of {size['history']} past answers, "
-        f"{size['groups']} groups, {size['sets']} straggler sets for each group."
-    )
-
-
-def again() -> str:
-    """Return which learners were measured again."""
-    cells = {f: RESULTS[f]["cells"][CELLS[0]] for f in RESULTS}
-    later = [
-        f"{f} on {cell['environment']['date'][:10]}"
-        for f, cell in cells.items()
-        if "environment" in cell
-    ]
-    return (
-        f"Learners at {CELLS[0]} were measured again for {', '.join(later)}; no figure changed by "
-        "as much as 0.0002."
+        f"{size['judged']} draws of {size['history']} past answers, {size['groups']} groups, "
+        f"{size['sets']} straggler sets for each group."
     )
 
 
