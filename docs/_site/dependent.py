@@ -147,10 +147,9 @@ def monitor() -> Iterator[dict[str, str]]:
 
 
 def runs() -> str:
-    """Return how many runs there are, and which are newer than others."""
+    """Return how many runs there are."""
     return (
-        f"Each row has {draws(load('dependent')['after'].values())} runs with seeds of their own. "
-        "MNIST's two decoded rows are of 2026-12-01."
+        f"Each row has {draws(load('dependent')['after'].values())} runs with seeds of their own."
     )
 
 
