@@ -1,6 +1,7 @@
 """Tuning: free parameters and back, and the errors."""
 
 import dataclasses
+import gc
 import itertools
 
 import equinox as eqx
@@ -293,8 +294,14 @@ def test_all_steps_share_one_compilation(runs):
     assert runs[2] <= 8
 
 
-def test_one_seed_gives_one_code_to_the_last_bit(runs, start):
+def test_one_seed_gives_one_code_to_the_last_bit_and_no_programs_are_left(runs, start):
+    """Some 40 descents in one process had as many programs as there is memory mapped for."""
+    programs = jax.devices()[0].client.live_executables
+    gc.collect()
+    before = len(programs())
     again = nj.tune(model, (start,), DATA, LAWS, key=jax.random.key(3), **OPTIONS)
+    gc.collect()
+    assert len(programs()) <= before
     assert jax.tree.structure(again.code) == jax.tree.structure(runs[0].code)
     for one, other in zip(jax.tree.leaves(again.code), jax.tree.leaves(runs[0].code), strict=True):
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()

@@ -284,6 +284,30 @@ def _objective(
     return fresh.errors(model, code)[1]
 
 
+def _jitted(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function whose programs go when it does.
+
+    `eqx.filter_jit` keeps all programs until the process ends, which takes some 40 descents: each
+    maps over a thousand pieces of memory, and a process may have 65,530.
+    """
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def program(arrays: list[Any], rest: tuple[Any, ...]) -> Any:
+        structure, *others = rest
+        leaves = [
+            one if other is None else other for one, other in zip(arrays, others, strict=True)
+        ]
+        return function(*jax.tree.unflatten(structure, leaves))
+
+    def call(*arguments: Any) -> Any:
+        leaves, structure = jax.tree.flatten(arguments)
+        arrays = [leaf if eqx.is_array(leaf) else None for leaf in leaves]
+        others = (None if eqx.is_array(leaf) else leaf for leaf in leaves)
+        return program(arrays, (structure, *others))
+
+    return call
+
+
 def _descent_by_steps(
     objective: Callable[..., Float[Array, ""]],
     optimizer: optax.GradientTransformation,
@@ -297,7 +321,7 @@ def _descent_by_steps(
     # A step whose objective or gradient is not finite changes nothing.
     optimizer = optax.apply_if_finite(optimizer, max_consecutive_errors=descent.steps)
 
-    @eqx.filter_jit
+    @_jitted
     def step(
         parameters: Parameters, state: Any, arguments: tuple, key: PRNGKeyArray, number: Array
     ) -> tuple[Float[Array, ""], Bool[Array, ""], Parameters, Any]:
@@ -331,7 +355,7 @@ def _descent_by_lbfgs(
 
     Its line search is on the host, and compiles once. (That of `optax.lbfgs` takes two minutes.)
     """
-    value_and_grad = eqx.filter_jit(lambda *arguments: jax.value_and_grad(objective)(*arguments))
+    value_and_grad = _jitted(jax.value_and_grad(objective))
 
     def descend(
         parameters: Parameters, arguments: tuple, key: PRNGKeyArray, note: Callable[..., None]
