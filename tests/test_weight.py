@@ -12,12 +12,12 @@ from test_architecture import FILES, ROOMS, imports, name_of, room_of
 
 # Rule 1 ends at 60 names past the faces; rule 2 at 1,200 functions of 21 lines, 10 a public name.
 MOST = {
-    "names imported past a room's face": 123,
+    "names imported past a room's face": 122,
     "functions": 1306,
-    "functions in a thousand lines": 46.1,
+    "functions in a thousand lines": 45.9,
     "functions and classes a public name": 12.3,
     "results: classes of predictions and what is known of them": 7,
-    "numeric module constants": 128,
+    "numeric module constants": 120,
 }
 PREDICTIONS = {"answers", "decoded", "mean", "prediction", "predictions", "value", "values"}
 KNOWN = {"available", "deviation", "disagreement", "error", "error_bound", "error_probability"}

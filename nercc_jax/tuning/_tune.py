@@ -20,10 +20,10 @@ from ..arrays import check_fields, check_not_negative, check_positive
 from ..codes import AbstractCode
 from ..codes.trees import groups_of, join, to_device
 from ..evaluation.criteria import Criterion
-from ..evaluation.objective import Trial, draw_sets, make_trial
+from ..evaluation.objective import draw_sets, make_trial
 from ..inference.models import Model, check_model
 from ..stragglers import AbstractStragglers
-from ._parameters import Code, Parameters, Rebuild, parametrize
+from ._parameters import Code, Parameters, parametrize
 from ._sampling import Sampling, split_points
 
 
@@ -171,9 +171,10 @@ def tune(
     if not codes:
         raise ValueError("there is no code to start from")
     first = codes[0]
-    starts = (_on_data_points(first),) if alone and points else codes
-    parametrized = [parametrize(each, points=points) for each in starts]
-    if len({jax.tree.structure(each) for each in parametrized}) != 1:
+    codes = (_on_data_points(first),) if alone and points else codes
+    parametrized = [parametrize(each, points=points) for each in codes]
+    # All that is no array is in the program, which all starts share.
+    if not eqx.tree_equal(*[eqx.filter(each, eqx.is_array, inverse=True) for each in parametrized]):
         raise ValueError("several starts must be codes of one kind, with the same K and N")
     k = first.num_data
     training, held = split_points(x, k, sampling, jax.random.fold_in(key, 0))
@@ -209,10 +210,14 @@ def tune(
     if optimizer == "lbfgs":
         groups, sets = 4 * sampling.groups_per_step, 2 * sampling.sets_per_step
         sampling = dataclasses.replace(sampling, groups_per_step=groups, sets_per_step=sets)
-        objective = functools.partial(_objective, sampling, stragglers)
+    # `eqx.filter_jit` would keep the programs until the process ends, and those of some forty
+    # descents map more pieces of memory than a process may have.
+    given = [(rebuild, model, training, trial) for _, rebuild in parametrized]
+    starts, rests = zip(*[eqx.partition(each, eqx.is_array) for each in given], strict=True)
+    objective = functools.partial(_objective, sampling, stragglers, rests[0])
+    if optimizer == "lbfgs":
         descend = _descent_by_lbfgs(objective, descent)
     else:
-        objective = functools.partial(_objective, sampling, stragglers)
         chosen: Any = optimizer
         if optimizer == "adam":
             rates, most = {"numbers": 1.0, "shifts": descent.points_rate}, descent.learning_rate
@@ -224,9 +229,8 @@ def tune(
             kinds = {n: "shifts" if n.endswith("_shifts") else "numbers" for n in free}
             chosen = optax.partition(adams, kinds)
         descend = _descent_by_steps(objective, chosen, descent)
-    for start, (parameters, rebuild) in enumerate(parametrized):
-        arguments = rebuild, model, training, trial
-        descend(parameters, arguments, key_steps, functools.partial(visit, start))
+    for start, (parameters, _) in enumerate(parametrized):
+        descend(parameters, starts[start], key_steps, functools.partial(visit, start))
     taken = [each for each in history if each.objective is not None]
     if rejected := sum(each.rejected for each in taken):
         warnings.warn(
@@ -268,44 +272,19 @@ def _on_data_points(code: Code) -> Code:
 def _objective(
     sampling: Sampling,
     stragglers: Mapping[str, AbstractStragglers],
+    rest: PyTree,
     parameters: Parameters,
-    rebuild: Rebuild,
-    model: Model,
-    training: PyTree,
-    trial: Trial,
+    arrays: PyTree,
     key: PRNGKeyArray,
 ) -> Float[Array, ""]:
     """Return the objective on groups and straggler sets that are drawn by a key."""
+    rebuild, model, training, trial = eqx.combine(arrays, rest)
     key_groups, key_sets = jax.random.split(key)
     code = rebuild(parameters)
     chosen = sampling.draw(code.num_data, training, key_groups)
     available, law = draw_sets(stragglers, key_sets, code.num_workers, sampling.sets_per_step)
     fresh = dataclasses.replace(trial, x=chosen, originals=None, available=available, law=law)
     return fresh.errors(model, code)[1]
-
-
-def _jitted(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function whose programs go when it does.
-
-    `eqx.filter_jit` keeps all programs until the process ends, which takes some 40 descents: each
-    maps over a thousand pieces of memory, and a process may have 65,530.
-    """
-
-    @functools.partial(jax.jit, static_argnums=1)
-    def program(arrays: list[Any], rest: tuple[Any, ...]) -> Any:
-        structure, *others = rest
-        leaves = [
-            one if other is None else other for one, other in zip(arrays, others, strict=True)
-        ]
-        return function(*jax.tree.unflatten(structure, leaves))
-
-    def call(*arguments: Any) -> Any:
-        leaves, structure = jax.tree.flatten(arguments)
-        arrays = [leaf if eqx.is_array(leaf) else None for leaf in leaves]
-        others = (None if eqx.is_array(leaf) else leaf for leaf in leaves)
-        return program(arrays, (structure, *others))
-
-    return call
 
 
 def _descent_by_steps(
@@ -321,12 +300,12 @@ def _descent_by_steps(
     # A step whose objective or gradient is not finite changes nothing.
     optimizer = optax.apply_if_finite(optimizer, max_consecutive_errors=descent.steps)
 
-    @_jitted
+    @jax.jit
     def step(
-        parameters: Parameters, state: Any, arguments: tuple, key: PRNGKeyArray, number: Array
+        parameters: Parameters, state: Any, arrays: PyTree, key: PRNGKeyArray, number: Array
     ) -> tuple[Float[Array, ""], Bool[Array, ""], Parameters, Any]:
         drawn = jax.random.fold_in(key, number)
-        value, slopes = jax.value_and_grad(objective)(parameters, *arguments, drawn)
+        value, slopes = jax.value_and_grad(objective)(parameters, arrays, drawn)
         # If the objective is not finite, no parameter may move, whatever its gradient.
         slopes = jax.tree.map(lambda slope: jnp.where(jnp.isfinite(value), slope, jnp.nan), slopes)
         finite = [jnp.all(jnp.isfinite(slope)) for slope in jax.tree.leaves(slopes)]
@@ -334,13 +313,11 @@ def _descent_by_steps(
         return value, jnp.all(jnp.stack(finite)), optax.apply_updates(parameters, updates), state
 
     def descend(
-        parameters: Parameters, arguments: tuple, key: PRNGKeyArray, note: Callable[..., None]
+        parameters: Parameters, arrays: PyTree, key: PRNGKeyArray, note: Callable[..., None]
     ) -> None:
         state = optimizer.init(parameters)
         for number in range(descent.steps):
-            value, sound, after, state = step(
-                parameters, state, arguments, key, jnp.asarray(number)
-            )
+            value, sound, after, state = step(parameters, state, arrays, key, jnp.asarray(number))
             note(parameters, number, float(value), not sound)
             parameters = after
         note(parameters, descent.steps, None, False)
@@ -355,10 +332,10 @@ def _descent_by_lbfgs(
 
     Its line search is on the host, and compiles once. (That of `optax.lbfgs` takes two minutes.)
     """
-    value_and_grad = _jitted(jax.value_and_grad(objective))
+    value_and_grad = jax.jit(jax.value_and_grad(objective))
 
     def descend(
-        parameters: Parameters, arguments: tuple, key: PRNGKeyArray, note: Callable[..., None]
+        parameters: Parameters, arrays: PyTree, key: PRNGKeyArray, note: Callable[..., None]
     ) -> None:
         import scipy.optimize  # installed with JAX
 
@@ -367,7 +344,7 @@ def _descent_by_lbfgs(
 
         def on_host(z: Float[np.ndarray, " numbers"]) -> tuple[float, np.ndarray]:
             here = unravel(jnp.asarray(z, flat.dtype))
-            value, slopes = value_and_grad(here, *arguments, key)
+            value, slopes = value_and_grad(here, arrays, key)
             slopes = np.asarray(ravel_pytree(slopes)[0], np.float64)
             sound = np.isfinite(float(value)) and np.isfinite(slopes).all()
             # The line search turns back from a value that is not finite.
