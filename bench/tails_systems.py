@@ -314,19 +314,22 @@ INTERLEAVED = ((6, 4), (8, 4))
 WANTED = {"15 %": 0.065}
 
 
+def but(policy: BatchingPolicy, **settings: Any) -> BatchingPolicy:
+    """Return a policy with some settings replaced."""
+    return BatchingPolicy(**dict(policy) | settings)
+
+
 def systems(work: Work, law: str) -> tuple[System, ...]:
     """Return all systems that are compared on this work under a law, the simplest first."""
     wanted = None if work.wanted is None else WANTED.get(law, work.wanted)
     base = {"deadline_s": DEADLINE, "max_batch_size": 8}
     base["outputs"] = "logits" if work.tolerance is None else None  # of a function, by its limit
     hedged = BatchingPolicy(straggler_threshold=THRESHOLD, **base)
-    three = dataclasses.replace(hedged, copies=3)
-    known = dataclasses.replace(
-        three, max_disagreement=wanted, tolerance=work.tolerance, redundancy="uncertain"
-    )
-    known_once = dataclasses.replace(known, redundancy="always")
+    three = but(hedged, copies=3)
+    known = but(three, max_disagreement=wanted, tolerance=work.tolerance, redundancy="uncertain")
+    known_once = but(known, redundancy="always")
     found = [
-        System("no copies", Uncoded(1), dataclasses.replace(hedged, copies=1)),
+        System("no copies", Uncoded(1), but(hedged, copies=1)),
         # As published: after a quantile of all times, stragglers' own included.
         balanced("least loaded", {}, Hedge(1.0), "hedged, p95", 0.95),
         balanced("least loaded", {}, Hedge(1.0), "hedged, p90", 0.9),
@@ -335,7 +338,7 @@ def systems(work: Work, law: str) -> tuple[System, ...]:
     ]
     if work.model == "lenet5-mnist":
         # A group is filled up within two service times.
-        patient = dataclasses.replace(hedged, batch_wait_timeout_s=2.0 * 0.055)
+        patient = but(hedged, batch_wait_timeout_s=2.0 * 0.055)
         for place, k in enumerate(PARITIES, start=1):
             found.append(System(f"ParM, k = {k}", Parity(k, k + 1), patient, models=(0, place)))
         found += [
@@ -349,14 +352,14 @@ def systems(work: Work, law: str) -> tuple[System, ...]:
 
     if wanted is not None:
         # ParM's cheap backup: however likely it is wrong.
-        any_label = dataclasses.replace(known_once, max_disagreement=0.999)
+        any_label = but(known_once, max_disagreement=0.999)
         found.append(System("surrogate alone", Uncoded(1), any_label, knows))
     ours = [
         System("known, else hedged", Uncoded(1), known_once, knows),
         System("known, uncertain twice", Replication(1, 2), known, knows),
     ]
     for most in MAX_CALLS:
-        picked = dataclasses.replace(known_once, max_calls=most)
+        picked = but(known_once, max_calls=most)
         ours.append(System(f"picked, {most:g} calls", Replication(1, 2), picked, knows))
     return (*found, *ours)
 
@@ -371,7 +374,7 @@ def rivals(picks: Mapping[str, Sequence[Any]]) -> tuple[System, ...]:
     )
     found = [balanced("least loaded", picks, Hedge(1.2, 2), "two at once, 1.2 x median")]
     for most in MAX_CALLS:
-        picked = dataclasses.replace(hedging, max_calls=most)
+        picked = but(hedging, max_calls=most)
         found.append(System(f"hedging picked, {most:g} calls", Uncoded(1), picked))
     for name in RULES:
         if name != "least loaded":  # about the same as "no copies"
