@@ -244,14 +244,13 @@ class Bench:
 
     def assessed(
         self, scheme: Scheme, part: str, order: Order, masks: Any
-    ) -> tuple[Bool[np.ndarray, "sets groups num_data"], np.ndarray]:
-        """Return which labels are not the model's own, and error probabilities, under each set."""
+    ) -> tuple[Bool[np.ndarray, "sets groups num_data"], Any]:
+        """Return which labels are not the model's own under each set, and all that is known."""
         own = self.own(part, order)
         found = self.work.answers.assess(scheme, self.points(part, order), masks)
         labels = np.asarray(jnp.argmax(found.predictions, axis=-1))
         same = (labels == own.argmax(-1).ravel()) & np.asarray(found.recovered)
-        shape = (len(masks), *own.shape[:2])
-        return ~same.reshape(shape), np.asarray(found.error_probability).reshape(shape)
+        return ~same.reshape(len(masks), *own.shape[:2]), found
 
     def add(
         self, mode: str, wrong: Float[np.ndarray, "sets groups"], order: Order, **more: Any
@@ -304,7 +303,8 @@ class Bench:
             key=jax.random.key(5), num_sets=100,
         )  # fmt: skip
         scheme = dataclasses.replace(scheme, error_probability=calibrated)
-        wrong, score = self.assessed(scheme, "judged", order, self.masks)
+        wrong, found = self.assessed(scheme, "judged", order, self.masks)
+        score = np.asarray(found.error_probability).reshape(wrong.shape)
         limits = np.array([calibrated.limit(share) for share in WANTED])
         return wrong, score, score[..., None] <= limits
 
