@@ -97,8 +97,12 @@ def summary_of(scores: Mapping[str, Scores], rounds: int = 2000) -> dict[str, di
         rmse, kept = np.array(each).T
         summary[name] = {}
         for what, values in (("rmse", rmse), ("rel_acc", kept), ("gain", 1 - ours[:, 0] / rmse)):
-            low, high = np.quantile(values[1:], (0.025, 0.975)).tolist()
-            summary[name][what] = {"mean": float(values[0]), "low": low, "high": high}
+            ends = np.quantile(values[1:], (0.025, 0.975))
+            # There is no gain over what is exact.
+            summary[name][what] = {
+                end: float(value) if np.isfinite(value) else None
+                for end, value in zip(("mean", "low", "high"), (values[0], *ends), strict=True)
+            }
         of_seeds = np.sqrt(scores[name][0].mean(axis=(1, 2)))
         summary[name]["rmse_of_seeds"] = of_seeds.tolist()
     return summary

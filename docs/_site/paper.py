@@ -203,8 +203,10 @@ def modern(metric: str, unit: float = 100) -> Iterator[dict[str, str]]:
     for name in MODERN["laws"]["0"]:
         row = {"code": name}
         for s, rows in MODERN["laws"].items():
-            mean, low, high = (unit * rows[name][metric][end] for end in ("mean", "low", "high"))
-            row[f"S = {s}"] = f"{mean:.3g} [{low:.3g},\u00a0{high:.3g}]"
+            found = rows[name][metric]
+            if found["mean"] is not None:  # no gain over what is exact
+                mean, low, high = (unit * found[end] for end in ("mean", "low", "high"))
+                row[f"S = {s}"] = f"{mean:.3g} [{low:.3g},\u00a0{high:.3g}]"
         yield row
 
 
