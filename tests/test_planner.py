@@ -194,6 +194,13 @@ def test_where_no_call_is_late_every_system_is_shown_with_its_longest_wait(key):
     }
 
 
+def test_an_odd_number_of_queries_is_not_halved_by_default(key):
+    found = plan(
+        _model, _data(40), TAIL, key=key, num_queries=5, max_workers=6, layouts=("chebyshev",)
+    )
+    assert {row.num_data for row in found.candidates} == {5}
+
+
 def test_a_group_ends_when_every_data_point_has_an_answer_of_its_own():
     """Workers 0 and 2 run on the first data point, 1 and 3 on the second."""
     copies = np.array([[True, False, True, False], [False, True, False, True]])
