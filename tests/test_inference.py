@@ -180,6 +180,10 @@ def test_results_say_how_far_predictions_may_be_off(way):
         y = np.sin(2 * np.asarray(code.encode(x[2])))
         _, wanted = code.decode(y, masks[2], return_uncertainty=True)
         np.testing.assert_allclose(found.deviation[2], wanted, rtol=1e-4)
+        for unit in (1e-25, 1e25):  # whose squares are no float32
+            scaled = coded_inference(lambda x, unit=unit: unit * model(x), scheme, with_status=True)
+            also = scaled(x[2], masks[2]).deviation
+            np.testing.assert_allclose(also / np.float32(unit), wanted, rtol=1e-4)
 
 
 def visits(call):

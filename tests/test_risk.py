@@ -629,6 +629,18 @@ def test_samples_of_the_same_point_and_of_one_group_count_once():
     assert grouped > 1.3 * independent
 
 
+def test_owners_that_are_alike_cost_nothing():
+    """Of each two equal samples one is of one straggler set, the other of the other."""
+    wrong = np.repeat(np.arange(40) > 30, 2)
+    features = np.stack([np.ones(80), np.repeat(np.linspace(3, -3, 40), 2)], axis=-1)[:, None]
+    single, sets = np.arange(80), np.arange(80) % 2
+    found = [
+        fit_error_probability(features, wrong[:, None], falling=(1,), owners=owners).bounds
+        for owners in ((single,), (single, sets))
+    ]
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-6)
+
+
 def test_a_sample_counts_as_wrong_from_its_first_wrong_look_on():
     """At the second look all are right, but half of them were given out before, wrongly."""
     random = np.random.default_rng(1)

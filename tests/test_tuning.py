@@ -67,6 +67,29 @@ def test_parameters_start_at_the_code(layout, dtype):
     assert fixed.keys() == {n for n in free if not n.endswith("_shifts")}
 
 
+class PointsAlone(nj.AbstractCode):
+    """An own code whose only fields are its points."""
+
+    alpha: jax.Array
+    beta: jax.Array
+    num_data = property(lambda self: len(self.alpha))
+    num_workers = property(lambda self: len(self.beta))
+
+    def encoder_matrix(self):
+        return jnp.exp(-jnp.abs(self.beta[:, None] - self.alpha))
+
+    def decoder_matrix(self, available):
+        return jnp.linalg.pinv(self.encoder_matrix() * available[:, None])
+
+    def recovered(self, available):
+        return jnp.full(self.num_data, jnp.sum(available) >= self.num_data)
+
+
+def test_points_may_be_all_that_is_free():
+    code = PointsAlone(*(jnp.asarray(each, jnp.float32) for each in POINTS))
+    assert parametrize(code, points=True)[0].keys() == {"alpha_shifts", "beta_shifts"}
+
+
 @pytest.mark.parametrize("lambda_", [0.0, 1.0, 1e6, np.inf])
 def test_no_smoothing_and_far_too_much_start_from_hardly_any(lambda_):
     """From 1e6 the objective is flat, and tuning stayed there."""
