@@ -136,6 +136,9 @@ def run(
         sweeps: Sweeps alone.
     """
     size = Size(groups=2, sets=2, chosen=1, judged=2, sweeps=2) if report.quick else Size()
+    whole = cells == (*LAWS,)
+    if report.quick:  # each function and each cell has programs of its own to compile
+        only, cells = only[:1], cells[:1]
     size = dataclasses.replace(size, judged=0 if sweeps else min(draws, size.judged))
     for name in only:
         bench = Bench(load(name, report.data_dir), size, report.log)
@@ -165,7 +168,7 @@ def run(
             report.log(f"{name} {cell}: {picked}")
             show({"system": each, "RMSE": np.mean([row.rmse for row in rows])}
                  for each, rows in judged.items())  # fmt: skip
-        if name in SIMULATORS and cells == (*LAWS,):
+        if name in SIMULATORS and whole:
             keep({"sweep": sweep(bench) | {"draws": size.sweeps}})
         jax.clear_caches()  # XLA maps memory for every program, and a process has a limit
 
