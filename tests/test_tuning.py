@@ -76,13 +76,13 @@ class PointsAlone(nj.AbstractCode):
     num_workers = property(lambda self: len(self.beta))
 
     def encoder_matrix(self):
-        return jnp.exp(-jnp.abs(self.beta[:, None] - self.alpha))
+        return jnp.eye(self.num_workers, self.num_data)
 
     def decoder_matrix(self, available):
-        return jnp.linalg.pinv(self.encoder_matrix() * available[:, None])
+        return self.encoder_matrix().T * available
 
     def recovered(self, available):
-        return jnp.full(self.num_data, jnp.sum(available) >= self.num_data)
+        return available[: self.num_data]
 
 
 def test_points_may_be_all_that_is_free():
